@@ -1,0 +1,3 @@
+"""jaxquant: quantization for JAX models."""
+
+__version__ = "0.1.0"
