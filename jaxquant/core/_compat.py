@@ -1,0 +1,164 @@
+"""The only file that touches ``jax._src`` or asks for a JAX version.
+
+Everything that differs between jax 0.10 and the newest release, or that JAX keeps private
+although a jaxpr pass cannot do without it, has one small function here. Called by the passes
+and the primitives; nothing here knows what quantization is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import core as _core
+from jax._src import custom_derivatives as _custom_derivatives
+from jax._src import shard_map as _shard_map
+from jax._src import source_info_util as _source_info
+from jax._src.interpreters import ad as _ad
+from jax._src.interpreters import partial_eval as _pe
+from jax._src.lax import lax as _lax
+from jax._src.sharding_impls import UnspecifiedValue as _Unspecified
+from jax.extend.core import primitives as jp
+
+__all__ = [
+    "bind",
+    "bind_remat",
+    "call_bwd",
+    "custom_rule",
+    "equation_context",
+    "has_tangent",
+    "is_eager",
+    "is_tracer",
+    "is_unspecified",
+    "name_stack_names",
+    "open_jaxpr",
+    "ragged_dot_general_p",
+    "run_fwd",
+    "scan_arity",
+    "shard_map_p",
+    "source_line",
+    "split_p",
+    "stack_p",
+    "unstack_p",
+]
+
+shard_map_p = _shard_map.shard_map_p
+ragged_dot_general_p = _lax.ragged_dot_general_p
+split_p = _lax.split_p
+stack_p = _lax.stack_p
+unstack_p = _lax.unstack_p
+
+is_tracer: Callable[[Any], bool] = lambda x: isinstance(x, _core.Tracer)
+
+
+def is_eager() -> bool:
+    """True outside every trace: no jit, grad, vmap or shard_map is being traced."""
+    return _core.trace_ctx.is_top_level()
+
+
+def is_unspecified(sharding: Any) -> bool:
+    """True for the marker that ``jit`` stores where no sharding was given."""
+    return isinstance(sharding, _Unspecified)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """``(jaxpr, consts)`` of a closed jaxpr, or of an open one that has no constants."""
+    consts = getattr(jaxpr, "consts", ())
+    return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def scan_arity(eqn: Any) -> tuple[int, int]:
+    """``(num_consts, num_carry)`` of a scan equation; jax 0.12 keeps them in ``ft_in``."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def name_stack_names(eqn: Any) -> tuple[str, ...]:
+    """Scope names of an equation, outermost first, without the marks of jvp, vmap, transpose."""
+    stack = eqn.source_info.name_stack.stack
+    return tuple(s.name for s in stack if isinstance(s, _source_info.Scope))
+
+
+def source_line(eqn: Any) -> str:
+    """``file:line (function)`` of the user's line that made the equation."""
+    return str(_source_info.summarize(eqn.source_info))
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Any) -> Iterator[None]:
+    """Rebinding inside keeps the equation's traceback, name stack, mesh and metadata."""
+    names = _source_info.current_name_stack() + eqn.source_info.name_stack
+    with (
+        _source_info.user_context(eqn.source_info.traceback, name_stack=names),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """Applies the equation's own primitive and parameters to ``args``; always a list."""
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def bind_remat(fn: Callable[..., Any], args: Any, *, params: dict[str, Any]) -> Any:
+    """``jax.checkpoint`` of ``fn(*args)`` that also keeps ``differentiated`` and ``prevent_cse``.
+
+    Args:
+      fn: function of ``args``, pytrees in and out.
+      args: its arguments.
+      params: the parameters of the remat equation that this one stands for.
+    """
+    leaves, tree = jax.tree_util.tree_flatten(args)
+    closed, out_shape = jax.make_jaxpr(
+        lambda *flat: fn(*jax.tree_util.tree_unflatten(tree, flat)), return_shape=True
+    )(*leaves)
+    inner, consts = open_jaxpr(closed)
+    inner = _pe.convert_constvars_jaxpr(inner)
+    flat_out = jp.remat_p.bind(*consts, *leaves, **{**params, "jaxpr": inner})
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(out_shape), flat_out)
+
+
+def custom_rule(eqn: Any) -> tuple[Any, ...]:
+    """The user's functions of a custom_jvp (fun, jvp) or custom_vjp (fun, fwd, bwd) equation.
+
+    Each has ``call_wrapped``, over flat arrays.
+    """
+    return tuple(eqn.primitive.get_bind_params(eqn.params)["subfuns"])
+
+
+def run_fwd(eqn: Any, fwd: Any, primals: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Runs a custom_vjp's forward rule; every primal counts as differentiated.
+
+    The constants that JAX hoisted out of the function cannot be differentiated.
+
+    Returns:
+      ``(outputs, residuals)``, flat.
+    """
+    num_consts = eqn.params["num_consts"]
+    pairs = [x for i, p in enumerate(primals) for x in (p, i >= num_consts)]
+    out = list(fwd.call_wrapped(*pairs))
+    _, res_tree, forwarded = eqn.params["out_trees"]()
+    num_res = res_tree.num_leaves - sum(f is not None for f in forwarded)
+    new = iter(out[:num_res])
+    residuals = [next(new) if f is None else primals[f] for f in forwarded]
+    return out[num_res:], residuals
+
+
+def call_bwd(bwd: Any, residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    """Runs a custom_vjp's backward rule; None where the cotangent is a symbolic zero."""
+    out = bwd.call_wrapped(*residuals, *cotangents)
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], list):
+        out = out[0]  # jax 0.12 returns (cotangents, logs)
+    return [None if isinstance(ct, _ad.Zero) else ct for ct in out]
+
+
+def has_tangent(tangent: Any) -> bool:
+    """True unless the tangent is a symbolic zero (or the float0 of an integer)."""
+    if isinstance(tangent, (_ad.Zero, _custom_derivatives.SymbolicZero)):
+        return False
+    return getattr(tangent, "dtype", None) != jax.dtypes.float0
