@@ -1,0 +1,1 @@
+"""F4: ranges, roundings and transforms, composed into quantization algorithms."""

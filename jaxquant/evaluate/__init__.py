@@ -1,0 +1,1 @@
+"""F5: quality, bytes and speed of a quantized model beside its float one."""

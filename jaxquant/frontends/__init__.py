@@ -1,0 +1,1 @@
+"""F3: how Flax models and plain functions meet the passes."""

@@ -1,0 +1,1 @@
+"""F2: passes over jaxprs (installed as jaxquant.passes)."""
