@@ -1,1 +1,4 @@
-"""F1: types, the container, recipes and primitives that the passes work with."""
+"""Core types of jaxquant: qtypes, the QTensor container, recipes and the primitives.
+
+Called by every floor above; imports only `jaxquant.pallas_kernels`.
+"""

@@ -1,0 +1,396 @@
+"""`QTensor`, the one container of a quantized weight, and its validator.
+
+Every floor meets it: quantizers make it, the rewriter moves it through a jaxpr
+(`jaxquant.core.structure`), primitives compute with it, files store it. It does no arithmetic:
+a QTensor that reaches an undecorated module is an error that names the fix, never a silent
+dequantization.
+
+Block structure is derived: one scale serves `shape[i] // scale.shape[i]` neighbours along axis
+i. So slicing, scanning and vmapping a leading axis of all parts alike keeps a QTensor valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.qtypes import QType, get_qtype
+from jaxquant.pallas_kernels import packing
+
+_DATA_FIELDS = ("codes", "scale", "zero_point", "input_scale")
+_STATIC_FIELDS = ("qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules")
+_NO_ARITHMETIC = (
+    "a QTensor holds quantized codes and does no arithmetic ({what}). Decorate the module with"
+    " @jaxquant.quantize, wrap the function with jaxquant.transform, or call .dequantize() for a"
+    " float copy."
+)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QTensor:
+    """A quantized array: `w = (value(codes) - zero_point) * scale`, blockwise.
+
+    The constructor and unflattening check nothing, since JAX puts tracers, shardings and other
+    objects into the leaves; `make_qtensor` builds a validated one.
+
+    Attributes:
+      codes: stored codes, dtype `qtype.storage` (packed types whose `packed_axis` is None: int8).
+      scale: floats, or itself a QTensor (double quantization, nvfp4). Same rank as codes; every
+        size divides the logical size of its axis.
+      zero_point: None, or an array of the scale's shape, in code units; may be real-valued.
+      input_scale: None, or the static scale of the op's input activations: same rank as
+        codes, size 1 except on axes that stack layers or experts.
+      qtype: storage format (static).
+      dtype: the float dtype the weight stands for (static).
+      act: what the op does with its input, an `ActScheme` or None (static, opaque here).
+      packed_axis: negative axis along which codes are packed, or None (static). Negative, so
+        that removing leading axes keeps it; a packed axis must therefore lie behind every axis
+        that a scan or an index will remove (see `choose_packed_axis`).
+      packed_length: logical length of the packed axis (static).
+      op_rules: rules for weightless operations that are saved with the tree (static, opaque).
+    """
+
+    codes: Any
+    scale: Any
+    zero_point: Any = None
+    input_scale: Any = None
+    qtype: QType = dataclasses.field(default=get_qtype("int8"))
+    dtype: Any = np.dtype("float32")
+    act: Any = None
+    packed_axis: int | None = None
+    packed_length: int | None = None
+    op_rules: tuple[Any, ...] = ()
+
+    # -- pytree ------------------------------------------------------------------------------
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+        """Data fields as children under their attribute names; the rest is static."""
+        children = tuple((jax.tree_util.GetAttrKey(f), getattr(self, f)) for f in _DATA_FIELDS)
+        return children, tuple(getattr(self, f) for f in _STATIC_FIELDS)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """As `tree_flatten_with_keys`, without keys."""
+        return tuple(getattr(self, f) for f in _DATA_FIELDS), tuple(
+            getattr(self, f) for f in _STATIC_FIELDS
+        )
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> QTensor:
+        """Rebuilds without validating: children may be any objects."""
+        return cls(*children, *static)
+
+    # -- what it stands for --------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape: that of the float array it stands for."""
+        shape = list(self.codes.shape)
+        if self.packed_axis is not None:
+            assert self.packed_length is not None
+            shape[self.packed_axis] = self.packed_length
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.codes.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of logical elements."""
+        return math.prod(self.shape)
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Neighbours along each axis that share a scale."""
+        return tuple(n // s if s else 1 for n, s in zip(self.shape, self.scale.shape, strict=True))
+
+    @property
+    def float_struct(self) -> jax.ShapeDtypeStruct:
+        """The float array it stands for, as shape and dtype."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts at their real width: int4 counts half a byte (numpy says one)."""
+        return sum(_format_bytes(leaf) for leaf in jax.tree.leaves(self))
+
+    def nbytes_on_device(self) -> int:
+        """Bytes all parts occupy on the device, as the runtime reports them.
+
+        Parts that are not device arrays (tracers, ShapeDtypeStruct, numpy) count by format, as
+        in `nbytes`. jax 0.10 on CPU really holds int4 at one byte a value; this says so.
+        """
+        return sum(_device_bytes(leaf) for leaf in jax.tree.leaves(self))
+
+    def dequantize(self) -> jax.Array:
+        """The float array it stands for, computed in float32 (or wider) and cast to `dtype`.
+
+        Shape: `self.shape`. Plain JAX operations, so it works under any transformation.
+        """
+        scale = self.scale.dequantize() if isinstance(self.scale, QTensor) else self.scale
+        compute = jnp.promote_types(jnp.float32, self.dtype)
+        values = code_values(self.unpacked_codes(), self.qtype, compute)
+        if self.zero_point is not None:
+            values = values - broadcast_blocks(self.zero_point.astype(compute), self.shape)
+        return (values * broadcast_blocks(scale.astype(compute), self.shape)).astype(self.dtype)
+
+    def unpacked_codes(self) -> jax.Array:
+        """Codes of the logical shape: bit-packed ones as int8, others as they are stored."""
+        if self.packed_axis is None:
+            return self.codes
+        assert self.packed_length is not None
+        return packing.unpack(self.codes, self.qtype.bits, self.packed_axis, self.packed_length)
+
+    def replace(self, **changes: Any) -> QTensor:
+        """A copy with some fields replaced; not validated."""
+        return dataclasses.replace(self, **changes)
+
+    # -- validation --------------------------------------------------------------------------
+
+    def validate(self, name: str = "QTensor") -> QTensor:
+        """Checks the numbered invariants and returns self; leaves must have shape and dtype.
+
+        1. codes have the qtype's storage dtype (int8 for packed types that are not packed).
+        2. packed_axis is None, or negative, in range, of a packed qtype, with as many bytes as
+           packed_length codes take.
+        3. scale has the rank of codes and each of its sizes divides the logical size.
+        4. zero_point is None or has the scale's shape, and only integer qtypes have one.
+        5. input_scale is None or has the rank of codes and sizes 1 or the logical size.
+        6. dtype, the scale's dtype and input_scale's dtype are floating; a scale that is a
+           QTensor is valid itself.
+
+        Raises:
+          ValueError: names the invariant, the part and both sides of the mismatch.
+        """
+        self._validate_codes(name)
+        self._validate_scales(name)
+        return self
+
+    def _validate_codes(self, name: str) -> None:
+        q = self.qtype
+        storage = q.unpacked_storage if self.packed_axis is None else q.storage
+        if np.dtype(self.codes.dtype) != jnp.dtype(storage):
+            raise ValueError(
+                f"{name}: invariant 1: {q.name} codes must be {storage}, not {self.codes.dtype}"
+            )
+        if self.packed_axis is None:
+            if self.packed_length is not None:
+                raise ValueError(f"{name}: invariant 2: packed_length without packed_axis")
+            return
+        if not q.packed:
+            raise ValueError(f"{name}: invariant 2: {q.name} is never packed")
+        if not -self.codes.ndim <= self.packed_axis < 0:
+            raise ValueError(
+                f"{name}: invariant 2: packed_axis must be in [-{self.codes.ndim}, -1], not"
+                f" {self.packed_axis}"
+            )
+        if self.packed_length is None:
+            raise ValueError(f"{name}: invariant 2: packed_axis without packed_length")
+        held = self.codes.shape[self.packed_axis]
+        if held != packing.packed_size(self.packed_length, q.bits):
+            raise ValueError(
+                f"{name}: invariant 2: packed axis {self.packed_axis} has {held} bytes;"
+                f" {self.packed_length} {q.name} codes take"
+                f" {packing.packed_size(self.packed_length, q.bits)}"
+            )
+
+    def _validate_scales(self, name: str) -> None:
+        shape = self.shape
+        scale_shape = tuple(self.scale.shape)
+        if len(scale_shape) != len(shape) or any(
+            s < 1 or n % s for n, s in zip(shape, scale_shape, strict=True) if n
+        ):
+            raise ValueError(
+                f"{name}: invariant 3: scale shape {scale_shape} does not divide shape {shape}"
+            )
+        if self.zero_point is not None:
+            if not self.qtype.asymmetric:
+                raise ValueError(f"{name}: invariant 4: {self.qtype.name} has no zero point")
+            if tuple(self.zero_point.shape) != scale_shape:
+                raise ValueError(
+                    f"{name}: invariant 4: zero_point shape {tuple(self.zero_point.shape)} is not"
+                    f" the scale's {scale_shape}"
+                )
+        if self.input_scale is not None:
+            given = tuple(self.input_scale.shape)
+            if len(given) != len(shape) or any(
+                s not in (1, n) for n, s in zip(shape, given, strict=True)
+            ):
+                raise ValueError(
+                    f"{name}: invariant 5: input_scale shape {given} must have rank {len(shape)}"
+                    f" and sizes 1 or those of {shape}"
+                )
+        for part, dtype in (
+            ("dtype", self.dtype),
+            ("scale", self.scale.dtype),
+            ("input_scale", None if self.input_scale is None else self.input_scale.dtype),
+        ):
+            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(f"{name}: invariant 6: {part} must be floating, not {dtype}")
+        if isinstance(self.scale, QTensor):
+            self.scale.validate(f"{name}.scale")
+
+    # -- no arithmetic -----------------------------------------------------------------------
+
+    def __jax_array__(self) -> jax.Array:
+        """Raises: a QTensor never becomes an array silently."""
+        raise TypeError(_NO_ARITHMETIC.format(what="it was passed to a JAX operation"))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Raises: a QTensor never becomes an array silently."""
+        raise TypeError(_NO_ARITHMETIC.format(what="it was passed to a numpy operation"))
+
+    def __repr__(self) -> str:
+        """Qtype, shape, dtype, blocks, parts and bytes in one line."""
+        try:
+            parts = [f"{self.qtype.name} {list(self.shape)} for {np.dtype(self.dtype).name}"]
+            parts.append(f"blocks {list(self.block_shape)}")
+            parts.append(f"scale {_describe(self.scale)}")
+            size = f"{self.nbytes:,} bytes"
+        except (AttributeError, TypeError, ValueError):  # leaves are not arrays
+            return f"QTensor({self.qtype.name}, codes={self.codes!r}, scale={self.scale!r})"
+        for name in ("zero_point", "input_scale"):
+            if getattr(self, name) is not None:
+                parts.append(f"{name} {_describe(getattr(self, name))}")
+        if self.packed_axis is not None:
+            parts.append(f"packed along {self.packed_axis}")
+        if self.act is not None:
+            parts.append(f"act={self.act!r}")
+        return f"QTensor({', '.join(parts)}, {size})"
+
+
+def _refuse(operation: str) -> Any:
+    def method(self: QTensor, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(_NO_ARITHMETIC.format(what=f"{operation} was called"))
+
+    method.__name__ = operation
+    method.__doc__ = "Raises TypeError: a QTensor does no arithmetic."
+    return method
+
+
+for _name in (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul"
+    " rmatmul neg pos abs lt le gt ge getitem iter len bool float int"
+).split():
+    setattr(QTensor, f"__{_name}__", _refuse(f"__{_name}__"))
+
+
+def make_qtensor(
+    codes: Any,
+    scale: Any,
+    zero_point: Any = None,
+    input_scale: Any = None,
+    *,
+    qtype: str | QType,
+    dtype: Any = jnp.float32,
+    act: Any = None,
+    packed_axis: int | None = None,
+    packed_length: int | None = None,
+    op_rules: tuple[Any, ...] = (),
+    name: str = "QTensor",
+) -> QTensor:
+    """A validated QTensor; see `QTensor` for the fields and `QTensor.validate` for the errors.
+
+    Args:
+      codes: stored codes. With `packed_axis` they are already packed bytes.
+      scale: scale array or QTensor.
+      zero_point: zero points in code units, or None.
+      input_scale: static scale of the activations, or None.
+      qtype: a QType or its name.
+      dtype: float dtype the weight stands for.
+      act: activation scheme.
+      packed_axis: axis along which codes are packed (made negative here).
+      packed_length: logical length of that axis.
+      op_rules: rules of weightless operations.
+      name: parameter name for error messages.
+    """
+    if packed_axis is not None and packed_axis >= 0:
+        packed_axis -= codes.ndim
+    return QTensor(
+        codes,
+        scale,
+        zero_point,
+        input_scale,
+        get_qtype(qtype),
+        np.dtype(dtype),
+        act,
+        packed_axis,
+        packed_length,
+        tuple(op_rules),
+    ).validate(name)
+
+
+def is_qtensor(x: Any) -> bool:
+    """`is_leaf` predicate for tree functions that treat a QTensor as one leaf."""
+    return isinstance(x, QTensor)
+
+
+def code_values(codes: jax.Array, qtype: QType, dtype: Any = jnp.float32) -> jax.Array:
+    """The numbers that unpacked codes stand for, before zero point and scale.
+
+    Args:
+      codes: unpacked codes (`QTensor.unpacked_codes`), any shape.
+      qtype: their type.
+      dtype: float dtype of the result; every code is exact in bfloat16, except that nf4's
+        table rounds.
+
+    Returns:
+      Array of the codes' shape.
+    """
+    if qtype.kind != "table":
+        return codes.astype(dtype)
+    assert qtype.table is not None
+    return jnp.take(
+        jnp.asarray(qtype.table, dtype), codes.astype(jnp.int32) + 8, axis=0, mode="clip"
+    )
+
+
+def broadcast_blocks(part: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Spreads one value a block over `shape`; axes of size 1 stay 1 (broadcasting does the rest).
+
+    Args:
+      part: array whose sizes divide those of `shape`, axis by axis.
+      shape: logical shape.
+
+    Returns:
+      Array that broadcasts against `shape`.
+    """
+    for axis in reversed(range(len(shape))):
+        size = part.shape[axis]
+        if size in (1, shape[axis]):
+            continue
+        block = shape[axis] // size
+        spread = (*part.shape[: axis + 1], block, *part.shape[axis + 1 :])
+        part = jnp.broadcast_to(jnp.expand_dims(part, axis + 1), spread)
+        part = part.reshape(*part.shape[:axis], shape[axis], *part.shape[axis + 2 :])
+    return part
+
+
+def _bits(dtype: Any) -> int:
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    return dtype.itemsize * 8
+
+
+def _format_bytes(leaf: Any) -> int:
+    return -(-math.prod(leaf.shape) * _bits(leaf.dtype) // 8)
+
+
+def _device_bytes(leaf: Any) -> int:
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        return int(leaf.on_device_size_in_bytes())
+    return _format_bytes(leaf)
+
+
+def _describe(part: Any) -> str:
+    if isinstance(part, QTensor):
+        return f"<{part.qtype.name} {list(part.shape)}, blocks {list(part.block_shape)}>"
+    return f"{np.dtype(part.dtype).name} {list(part.shape)}"
