@@ -53,23 +53,27 @@ class WeightScheme:
 
     def __post_init__(self) -> None:
         qtype = get_qtype(self.qtype)
+        default = qtype.group_size or qtype.default_group_size
         if self.granularity is None:
-            grouped = self.group_size is not None or qtype.group_size is not None
+            grouped = self.group_size is not None or default is not None
             object.__setattr__(self, "granularity", "group" if grouped else "channel")
         _choose("granularity", self.granularity, Granularity)
         _choose("range", self.range, WeightRange)
         _check_percentile(self.percentile)
         _choose("scale_dtype", self.scale_dtype, Literal["float32", "bfloat16", "float16"])
         if self.granularity == "group":
-            size = self.group_size or qtype.group_size or DEFAULT_GROUP_SIZE
             if self.group_size is not None and self.group_size < 1:
                 raise ValueError(f"group_size={self.group_size} must be at least 1")
+            size = self.group_size or default or DEFAULT_GROUP_SIZE
             object.__setattr__(self, "group_size", size)
         elif self.group_size is not None:
             raise ValueError(
                 f"group_size={self.group_size} has no meaning with granularity="
                 f"{self.granularity!r}; leave it out or use granularity='group'"
             )
+        if qtype.group_size is not None and self.group_size != qtype.group_size:
+            given = f"granularity={self.granularity!r}, group_size={self.group_size}"
+            raise ValueError(f"{self.qtype} has groups of {qtype.group_size}, not {given}")
         if not self.symmetric and (qtype.kind != "int" or qtype.bits == 1):
             raise ValueError(
                 f"{self.qtype} has no zero point: symmetric=False is for int2, int3, int4 and int8"
