@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.core.blocks import broadcast_blocks
+from jaxquant.core.codes import code_values
 from jaxquant.core.qtypes import QType, get_qtype
 from jaxquant.pallas_kernels import packing
 
@@ -275,10 +277,11 @@ def _refuse(operation: str) -> Any:
     return method
 
 
-for _name in (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul"
-    " rmatmul neg pos abs lt le gt ge getitem iter len bool float int"
-).split():
+_ARITHMETIC = """
+    add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul
+    rmatmul neg pos abs lt le gt ge getitem iter len bool float int
+"""
+for _name in _ARITHMETIC.split():
     setattr(QTensor, f"__{_name}__", _refuse(f"__{_name}__"))
 
 
@@ -330,47 +333,6 @@ def make_qtensor(
 def is_qtensor(x: Any) -> bool:
     """`is_leaf` predicate for tree functions that treat a QTensor as one leaf."""
     return isinstance(x, QTensor)
-
-
-def code_values(codes: jax.Array, qtype: QType, dtype: Any = jnp.float32) -> jax.Array:
-    """The numbers that unpacked codes stand for, before zero point and scale.
-
-    Args:
-      codes: unpacked codes (`QTensor.unpacked_codes`), any shape.
-      qtype: their type.
-      dtype: float dtype of the result; every code is exact in bfloat16, except that nf4's
-        table rounds.
-
-    Returns:
-      Array of the codes' shape.
-    """
-    if qtype.kind != "table":
-        return codes.astype(dtype)
-    assert qtype.table is not None
-    return jnp.take(
-        jnp.asarray(qtype.table, dtype), codes.astype(jnp.int32) + 8, axis=0, mode="clip"
-    )
-
-
-def broadcast_blocks(part: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Spreads one value a block over `shape`; axes of size 1 stay 1 (broadcasting does the rest).
-
-    Args:
-      part: array whose sizes divide those of `shape`, axis by axis.
-      shape: logical shape.
-
-    Returns:
-      Array that broadcasts against `shape`.
-    """
-    for axis in reversed(range(len(shape))):
-        size = part.shape[axis]
-        if size in (1, shape[axis]):
-            continue
-        block = shape[axis] // size
-        spread = (*part.shape[: axis + 1], block, *part.shape[axis + 1 :])
-        part = jnp.broadcast_to(jnp.expand_dims(part, axis + 1), spread)
-        part = part.reshape(*part.shape[:axis], shape[axis], *part.shape[axis + 2 :])
-    return part
 
 
 def _bits(dtype: Any) -> int:

@@ -141,6 +141,4 @@ def get_qtype(name: str | QType) -> QType:
     try:
         return _REGISTRY[name]
     except KeyError:
-        raise ValueError(
-            f"unknown qtype {name!r}; known qtypes: {', '.join(_REGISTRY)}"
-        ) from None
+        raise ValueError(f"unknown qtype {name!r}; known qtypes: {', '.join(_REGISTRY)}") from None
