@@ -1,0 +1,104 @@
+"""Quantization of activations: one cheap pass from floats to codes and scales.
+
+Called by the reference and by kernels that take quantized inputs; plain arrays in and out. The
+ops emitted depend only on `x`, the scheme and the axes, never on the weight, so that XLA's
+common-subexpression elimination quantizes an input once for all dots that share it (Q, K and V;
+gate and up). Keep it so: nothing of the weight's shape may enter here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+# Ranges below this count as zero: the reciprocal of their scale would overflow float32.
+_SMALLEST_RANGE = 2.0**-100
+# Adding 1.5 * 2**23 leaves a float32's value, rounded half to even, in its low mantissa bits.
+# On CPU this takes half the time of round + convert, which XLA guards against NaN and overflow.
+_ROUNDER = np.float32(1.5 * 2**23)
+_ROUNDER_BITS = np.int32(np.float32(1.5 * 2**23).view(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class ActQuant:
+    """How an activation becomes codes.
+
+    Attributes:
+      dtype: dtype name of the codes: "int8", "float8_e4m3fn" or "float8_e5m2".
+      reduce_axes: axes of x that share one scale: the contracted ones for a scale per token,
+        all of them for a scale per tensor.
+      static: the scale is given, not measured.
+    """
+
+    dtype: str
+    reduce_axes: tuple[int, ...]
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _GREATEST:
+            raise ValueError(f"activations become one of {list(_GREATEST)}, not {self.dtype!r}")
+
+
+def quantize_activation(
+    x: jax.Array, act: ActQuant, static_scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Symmetric codes and scales of `x`, with `x ~ codes * scale`.
+
+    int8 codes are `round(x / scale)`, half to even, within -127..127; a scale is the largest
+    magnitude over 127 (448 for float8_e4m3fn, 57344 for float8_e5m2). A scale of zeros is tiny
+    and positive. NaN and infinities make every output that depends on them NaN or infinite.
+
+    Args:
+      x: floats, any shape.
+      act: scheme and axes.
+      static_scale: for `act.static`, positive scales that broadcast against x.
+
+    Returns:
+      `(codes, scale)`: codes of x's shape; scale of x's rank with size 1 on `act.reduce_axes`,
+      float32 (float64 for float64 input).
+
+    Raises:
+      ValueError: a static scheme without a scale.
+    """
+    compute = jnp.promote_types(x.dtype, jnp.float32)
+    greatest = _GREATEST[act.dtype]
+    x = x.astype(compute)
+    if act.static:
+        if static_scale is None:
+            raise ValueError(
+                "a static activation scheme needs input_scale: calibrate, or use a dynamic one"
+            )
+        scale = lax.max(static_scale.astype(compute), _full_like(static_scale, compute))
+        reach = scale * greatest
+    else:
+        reach = _absmax(x, act.reduce_axes)
+        reach = lax.max(reach, _full_like(reach, compute))
+        scale = reach * np.asarray(1 / greatest, compute)
+    scaled = x * (np.asarray(greatest, compute) / reach)
+    limit = np.asarray(greatest, compute)
+    scaled = lax.clamp(-limit, scaled, limit)
+    if act.dtype == "int8":
+        return _round_to_int8(scaled), scale
+    return scaled.astype(act.dtype), scale
+
+
+def _absmax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    reduced = jnp.max(lax.abs(x), axis=axes, initial=0.0)
+    return lax.expand_dims(reduced, sorted(axes))
+
+
+def _full_like(scale: jax.Array, dtype: np.dtype) -> jax.Array:
+    return lax.full(scale.shape, np.asarray(_SMALLEST_RANGE, dtype))
+
+
+def _round_to_int8(x: jax.Array) -> jax.Array:
+    """Nearest integers, half to even, of values within -127..127."""
+    if x.dtype != jnp.float32:
+        return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int8)
+    bits = lax.bitcast_convert_type(x + _ROUNDER, jnp.int32)
+    return (bits - _ROUNDER_BITS).astype(jnp.int8)
