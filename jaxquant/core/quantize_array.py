@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from jaxquant.core.blocks import check_block_shape, reduce_blocks, scale_shape
 from jaxquant.core.codes import encode
@@ -244,7 +244,10 @@ def _compiled(
     if sharding is None:
         return jax.jit(quantize)
     result = jax.eval_shape(quantize, *treedef.unflatten(avals))
-    return jax.jit(quantize, out_shardings=part_shardings(result, sharding))
+    shardings = part_shardings(result, sharding)
+    if AxisType.Explicit in sharding.mesh.axis_types:  # groups across shards need the partitioner
+        return jax.jit(jax.sharding.auto_axes(quantize, out_sharding=shardings))
+    return jax.jit(quantize, out_shardings=shardings)
 
 
 @jax.jit
