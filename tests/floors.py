@@ -1,7 +1,7 @@
 """The floors of the house, as data; tests/test_floors.py holds the code to them.
 
-A module may import its own floor's package and the floors below it. Two packages on one floor do not
-import each other.
+A module may import its own floor's package and the floors below it. Two packages on one floor do
+not import each other.
 """
 
 from __future__ import annotations

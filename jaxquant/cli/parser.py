@@ -1,4 +1,4 @@
-"""The arguments of every command. Nothing is imported here but argparse, so that --help is instant."""
+"""The arguments of every command. Only argparse is imported, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ your own give --model module:factory, where factory() returns a mapping with the
   calibration  list of batches (optional; static recipes need it)
   data         mapping from slice name to a list of batches (for `compare`; a batch is one array,
                a tuple of positional arguments, or a mapping of keyword arguments)
-  metrics      mapping from name to a function (outputs, batch) -> array, one number an example (optional)
+  metrics      mapping from name to fn(outputs, batch), one number an example (optional)
 """
 
 
@@ -53,9 +53,10 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         commands,
         "demo",
         "quantize the shipped model with several recipes and measure each",
-        "Quantizes the trained language model that ships with jaxquant with several recipes, compares "
-        "each with the float model slice by slice, saves and restores every one, checks that what comes "
-        "back is equal bit by bit, prints a table and writes an HTML report. Needs no network.",
+        "Quantizes the trained language model that ships with jaxquant with several recipes, "
+        "compares each with the float model slice by slice, saves and restores every one, checks "
+        "that what comes back is equal bit by bit, prints a table and writes an HTML report. "
+        "Needs no network.",
         examples=("jaxquant demo", "jaxquant demo --recipes w8a8 w4a16_g32 --out /tmp/demo"),
     )
     command.add_argument(
@@ -66,7 +67,10 @@ def _demo(commands: argparse._SubParsersAction) -> None:
         help=f"presets or JSON files (default: {' '.join(_DEMO_RECIPES)})",
     )
     command.add_argument(
-        "--out", default="jaxquant-demo", metavar="DIR", help="where to write (default: %(default)s)"
+        "--out",
+        default="jaxquant-demo",
+        metavar="DIR",
+        help="where to write (default: %(default)s)",
     )
     _batches(command)
 
@@ -76,8 +80,9 @@ def _explain(commands: argparse._SubParsersAction) -> None:
         commands,
         "explain",
         "show what a recipe would do to every op, and why",
-        "Prints the plan of a recipe: every op with its class, shapes, parameter, scheme, lowering and "
-        "bytes, and every op that stays float with the reason. Computes nothing but shapes.",
+        "Prints the plan of a recipe: every op with its class, shapes, parameter, scheme, "
+        "lowering and bytes, and every op that stays float with the reason. Computes nothing but "
+        "shapes.",
         target=True,
         examples=(
             "jaxquant explain",
@@ -114,8 +119,8 @@ def _inspect(commands: argparse._SubParsersAction) -> None:
         commands,
         "inspect",
         "show what a checkpoint holds and verify its checksums",
-        "Prints a checkpoint's format, recipe, qtypes, shapes and bytes. Unless told otherwise it also "
-        "reads every leaf and verifies its checksum; altered data means exit code 1.",
+        "Prints a checkpoint's format, recipe, qtypes, shapes and bytes. Unless told otherwise "
+        "it also reads every leaf and verifies its checksum; altered data means exit code 1.",
         examples=("jaxquant inspect shipped-w4", "jaxquant inspect shipped-w4 --no-verify --json"),
     )
     command.add_argument("checkpoint", metavar="CKPT", help="a directory written by jaxquant.save")
@@ -129,9 +134,9 @@ def _compare(commands: argparse._SubParsersAction) -> None:
         commands,
         "compare",
         "measure a quantized model beside its float one",
-        "Compares quality (KL divergence, agreement, loss; means, tails, by slice), device bytes and "
-        "latency of quantized models with the float model. With limits, a model beyond one of them "
-        "means exit code 1.",
+        "Compares quality (KL divergence, agreement, loss; means, tails, by slice), device bytes "
+        "and latency of quantized models with the float model. With limits, a model beyond one "
+        "of them means exit code 1.",
         target=True,
         examples=(
             "jaxquant compare --recipes w8a8 w4a16_g64",
@@ -153,9 +158,14 @@ def _compare(commands: argparse._SubParsersAction) -> None:
         metavar="CKPT",
         help="checkpoints of quantized variables, as `jaxquant quantize` writes them",
     )
-    command.add_argument("--max-kl", type=float, metavar="NATS", help="limit of the mean KL divergence")
     command.add_argument(
-        "--min-agreement", type=float, metavar="SHARE", help="least share of equal top-1 predictions"
+        "--max-kl", type=float, metavar="NATS", help="limit of the mean KL divergence"
+    )
+    command.add_argument(
+        "--min-agreement",
+        type=float,
+        metavar="SHARE",
+        help="least share of equal top-1 predictions",
     )
     command.add_argument("--html", metavar="FILE", help="also write the report as one HTML page")
     _batches(command)
@@ -179,7 +189,9 @@ def _command(
         epilog=_examples(*examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
     command.add_argument("--debug", action="store_true", help="show tracebacks")
     if target:
         command.add_argument("--model", metavar="MODULE:FACTORY", help="a model of your own")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jaxquant as jq
 from jaxquant.cli.errors import UsageError
 from jaxquant.core.recipe import Recipe, get_recipe
 
@@ -41,12 +42,12 @@ class Target:
 
     def quantizable(self, recipe: Recipe | None) -> Any:
         """The model under a recipe; under its own (or the default) where None is given."""
-        from jaxquant.frontends import describe, quantize
+        from jaxquant.frontends import describe
 
         if recipe is None:
             adapter = describe(self.model)
             recipe = adapter.recipe or get_recipe(None)
-        return quantize(recipe)(self.model)
+        return jq.quantize(recipe)(self.model)
 
 
 def shipped(batches: int | None = None) -> Target:
@@ -74,8 +75,8 @@ def load(model: str | None, checkpoint: str | None, batches: int | None = None) 
       batches: use at most so many batches of every slice.
 
     Raises:
-      UsageError: the factory cannot be found, returns something else than the help says, or a checkpoint
-        is given without a model.
+      UsageError: the factory cannot be found, returns something else than the help says, or a
+        checkpoint is given without a model.
     """
     if model is None:
         if checkpoint is not None:
@@ -84,9 +85,7 @@ def load(model: str | None, checkpoint: str | None, batches: int | None = None) 
     entries = _call_factory(model)
     variables = entries.get("variables")
     if checkpoint is not None:
-        from jaxquant.io import restore
-
-        variables = restore(existing(checkpoint))
+        variables = jq.restore(existing(checkpoint))
     data = entries.get("data") or {}
     return Target(
         name=model,
@@ -139,8 +138,8 @@ def _call_factory(spec: str) -> Mapping[str, Any]:
     entries = factory()
     if not isinstance(entries, Mapping):
         raise UsageError(
-            f"--model {spec}: the factory returned a {type(entries).__name__}; it returns a mapping with "
-            f"the entries {', '.join(_ENTRIES)} (see --help)"
+            f"--model {spec}: the factory returned a {type(entries).__name__}; it returns a "
+            f"mapping with the entries {', '.join(_ENTRIES)} (see --help)"
         )
     missing = [key for key in ("model", "example") if key not in entries]
     unknown = sorted(set(entries) - set(_ENTRIES))

@@ -1,0 +1,157 @@
+"""What every figure shares: its form, the process it runs in, memory, and the written results.
+
+A figure runs in a process of its own, twice, so that neither memory nor a warm cache of one leaks
+into another. Times come from :mod:`jaxquant.evaluate.latency`: interleaved, blocked, repeated runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "qwix")
+
+
+@dataclasses.dataclass
+class Figure:
+    """One measured figure.
+
+    Attributes:
+      title: what was measured.
+      target: what there is to reach, in words.
+      rows: one mapping a line of the table; the same keys in each.
+      met: for every part of the target, whether it was reached.
+      notes: what the reader must know: conditions, reasons for a miss, what a peer cannot do.
+    """
+
+    title: str
+    target: str
+    rows: list[dict[str, Any]]
+    met: dict[str, bool] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def in_own_process(name: str, quick: bool) -> Figure:
+    """Runs the figure `name` in a fresh Python and returns it."""
+    command = [sys.executable, "-m", "benchmarks.spine", "--in-process", name]
+    result = subprocess.run(
+        command + ["--quick"] * quick,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=RESULTS.parent.parent,
+    )
+    if result.returncode:
+        raise SystemExit(f"figure {name} failed (see above)")
+    return Figure(**json.loads(result.stdout.splitlines()[-1]))
+
+
+class PeakMemory:
+    """Bytes by which the process grew at most within a `with` block (Linux).
+
+    The kernel's high-water mark is reset at the start, so what happened before does not count.
+    """
+
+    extra: int = 0
+
+    def __enter__(self) -> PeakMemory:
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.extra = _status_bytes("VmHWM") - self._before
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def directory_bytes(path: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they explain a number."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def write(name: str, runs: dict[str, list[Figure]], command: str) -> tuple[Path, Path]:
+    """Writes all runs of all figures as JSON and as markdown; returns both paths."""
+    RESULTS.mkdir(exist_ok=True)
+    where = environment()
+    data = {
+        key: [dataclasses.asdict(figure) for figure in figures] for key, figures in runs.items()
+    }
+    json_path = RESULTS / f"{name}.json"
+    record = {"command": command, "environment": where, "figures": data}
+    json_path.write_text(json.dumps(record, indent=1) + "\n")
+    lines = ["# Figures of the spine", "", f"`{command}`", ""]
+    lines += [", ".join(f"{key} {value}" for key, value in where.items()), ""]
+    lines += ["Every figure is measured twice, in two processes; both are shown.", ""]
+    for figures in runs.values():
+        lines += _markdown(figures)
+    markdown_path = RESULTS / f"{name}.md"
+    markdown_path.write_text("\n".join(lines))
+    return json_path, markdown_path
+
+
+def _markdown(figures: list[Figure]) -> Iterable[str]:
+    first = figures[0]
+    yield f"## {first.title}"
+    yield ""
+    yield f"To reach: {first.target}"
+    yield ""
+    for number, figure in enumerate(figures, 1):
+        yield f"Run {number}" + (f": {_verdict(figure.met)}" if figure.met else "")
+        yield ""
+        yield from table(figure.rows)
+        yield ""
+    notes = dict.fromkeys(note for figure in figures for note in figure.notes)
+    yield from (f"- {note}" for note in notes)
+    if notes:
+        yield ""
+
+
+def table(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """A markdown table of mappings with the same keys."""
+    yield "| " + " | ".join(rows[0]) + " |"
+    yield "|" + "---|" * len(rows[0])
+    for row in rows:
+        yield "| " + " | ".join(_cell(value) for value in row.values()) + " |"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def _verdict(met: dict[str, bool]) -> str:
+    return "; ".join(f"{part}: {'reached' if ok else 'MISSED'}" for part, ok in met.items())

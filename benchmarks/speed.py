@@ -1,0 +1,230 @@
+"""Figures of time: one matmul, the model's forward, tracing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxquant as jq
+from benchmarks import peer_qwix
+from benchmarks.harness import Figure
+from jaxquant.evaluate.latency import LatencyOptions, measure_latency
+from jaxquant.models import shipped
+from jaxquant.models.linen import Decoder
+
+NEWEST = jax.__version_info__ >= (0, 12)
+_OLD_DOT = (
+    "On jax 0.10 XLA's int8 dot is about as fast as its float32 dot on CPU; the targets are for "
+    "the newest jax."
+)
+
+
+def matmul(quick: bool) -> Figure:
+    """x[256, 2048] @ w[2048, 2048], activations quantized per token on the way."""
+    rows, inner, outer = (256, 2048, 2048) if not quick else (64, 512, 512)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (rows, inner))
+    w = jax.random.normal(keys[1], (inner, outer))
+
+    def multiply(w: Any, x: jax.Array) -> jax.Array:
+        return x @ w
+
+    floats = jax.jit(multiply)
+    ours = jax.jit(jq.transform(multiply))
+    qw = jq.ptq(jq.quantize("w8a8")(multiply), w, x)
+    theirs, their_w = peer_qwix.matmul_w8a8(w)
+    theirs = jax.jit(theirs)
+    bare, bare_w = _bare_int8(w)
+    calls = {
+        "float32": lambda: floats(w, x),
+        "jaxquant w8a8": lambda: ours(qw, x),
+        "Qwix w8a8": lambda: theirs(their_w, x),
+        "XLA's int8 dot alone": lambda: bare(bare_w, x),
+    }
+    exact = calls["float32"]()
+    errors = {name: _relative(call(), exact) for name, call in list(calls.items())[:3]}
+    table, times = _race(calls, "float32", quick)
+    for row in table:
+        row["relative error"] = errors.get(row["what"])
+    faster = times["float32"] / times["jaxquant w8a8"]
+    return Figure(
+        title=f"One matmul {rows}x{inner}x{outer}, w8a8, dynamic activations",
+        target="at least 3x faster than float32, and ahead of Qwix (newest jax)",
+        rows=table,
+        met={
+            "3x float32": faster >= 3,
+            "ahead of Qwix": times["jaxquant w8a8"] <= times["Qwix w8a8"],
+        }
+        if NEWEST
+        else {},
+        notes=[] if NEWEST else [_OLD_DOT],
+    )
+
+
+def forward(quick: bool) -> Figure:
+    """Prefill 8 x 256 of the trained model in w8a8, and where the time goes."""
+    rows, length = (8, 256) if not quick else (2, 64)
+    tokens = jnp.asarray(next(iter(shipped.held_out(rows, length).values()))[0])
+    calls: dict[str, Callable[[], Any]] = {}
+    model, variables = shipped.load(scan_layers=True)
+    floats = jax.jit(model.apply)
+    calls["float32"] = lambda: floats(variables, tokens)
+    decorated = jq.quantize("w8a8")(model)
+    quantized = jq.ptq(decorated, variables, tokens)
+    apply = jax.jit(decorated.apply)
+    calls["jaxquant w8a8"] = lambda: apply(quantized, tokens)
+
+    flat, flat_variables = shipped.load(scan_layers=False)
+    flat_floats = jax.jit(flat.apply)
+    calls["float32, unstacked"] = lambda: flat_floats(flat_variables, tokens)
+    float_head = jq.get_recipe("w8a8").with_rules(jq.Rule("embed/**", skip=True))
+    same_ops = jq.quantize(float_head)(flat)
+    same_quantized = jq.ptq(same_ops, flat_variables, tokens)
+    same_apply = jax.jit(same_ops.apply)
+    calls["jaxquant w8a8, unstacked, float embedding and head"] = lambda: same_apply(
+        same_quantized, tokens
+    )
+    theirs, tree = peer_qwix.quantized(flat, flat_variables["params"], "w8a8", tokens)
+    theirs = jax.jit(theirs)
+    calls["Qwix w8a8, unstacked, float embedding and head"] = lambda: theirs(tree, tokens)
+
+    table, times = _race(calls, "float32", quick)
+    dots, dots_q = _weight_dots(model.config, rows * length, quick)
+    rest = times["float32"] - dots
+    bound = times["float32"] / (rest + dots_q)
+    return Figure(
+        title=f"w8a8 forward of the trained model, prefill {rows}x{length}",
+        target="as fast as XLA's int8 dots allow, the float share named (newest jax)",
+        rows=table,
+        met={
+            f"{bound:.2f}x, the bound by the dots": times["float32"] / times["jaxquant w8a8"]
+            >= 0.9 * bound,
+            "ahead of Qwix on the same ops": times[
+                "jaxquant w8a8, unstacked, float embedding and head"
+            ]
+            <= times["Qwix w8a8, unstacked, float embedding and head"],
+        }
+        if NEWEST
+        else {},
+        notes=[
+            f"The weights' dots alone take {dots * 1e3:.1f} ms in float32 and {dots_q * 1e3:.1f} "
+            "ms in w8a8 (each timed alone, activations quantized for each); the rest, attention "
+            "products, softmax, norms, RoPE and SwiGLU, stays float: "
+            f"{rest / times['float32']:.0%} of the float32 forward. With these numbers w8a8 can "
+            f"be {bound:.2f} times as fast as float32.",
+        ]
+        + ([] if NEWEST else [_OLD_DOT]),
+    )
+
+
+def tracing(quick: bool) -> Figure:
+    """Trace and passes of the quantized model against tracing the float one, at several depths."""
+    depths = (2, 4) if quick else (4, 8, 16, 32)
+    table = []
+    for depth in depths:
+        config = shipped.shipped_config(num_layers=depth, scan_layers=True)
+        model = Decoder(config)
+        tokens = jnp.zeros((8, 256), jnp.int32)
+        variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        decorated = jq.quantize("w8a8")(model)
+        quantized = jq.ptq(decorated, variables, tokens)
+        floats, ours = [], []
+        for _ in range(3 if quick else 9):
+            floats.append(_trace_time(model, variables, tokens))
+            ours.append(_trace_time(decorated, quantized, tokens))
+        before, after = sorted(floats)[len(floats) // 2], sorted(ours)[len(ours) // 2]
+        table.append(
+            {
+                "layers": depth,
+                "float32 ms": before * 1e3,
+                "w8a8 ms": after * 1e3,
+                "ratio": after / before,
+            }
+        )
+    ratios = [row["ratio"] for row in table]
+    times = [row["w8a8 ms"] for row in table]
+    return Figure(
+        title="Trace and passes of the scanned model against tracing it in float",
+        target="at most 1.5x, and constant in depth",
+        rows=table,
+        met={"1.5x": max(ratios) <= 1.5, "constant in depth": max(times) <= 1.25 * min(times)},
+        notes=["`jax.make_jaxpr` of `model.apply`, JAX's caches cleared before each; medians."],
+    )
+
+
+def _trace_time(model: Any, variables: Any, tokens: jax.Array) -> float:
+    jax.clear_caches()
+    start = time.perf_counter()
+    jax.make_jaxpr(lambda variables, tokens: model.apply(variables, tokens))(variables, tokens)
+    return time.perf_counter() - start
+
+
+def _race(
+    calls: dict[str, Callable[[], Any]], baseline: str, quick: bool
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Times compiled calls against each other: table rows, and median seconds by name."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    options = LatencyOptions(rounds=5 if quick else 40, max_seconds=120)
+    timings = measure_latency(calls, options)
+    base = timings[baseline].samples_s
+    table = []
+    for name, timing in timings.items():
+        ratios = sorted(b / t for b, t in zip(base, timing.samples_s))
+        table.append(
+            {
+                "what": name,
+                "ms": timing.median_s * 1e3,
+                "quartiles ms": f"{timing.q25_s * 1e3:.3g} to {timing.q75_s * 1e3:.3g}",
+                f"times as fast as {baseline}": ratios[len(ratios) // 2],
+            }
+        )
+    return table, {name: timing.median_s for name, timing in timings.items()}
+
+
+def _weight_dots(config: Any, rows: int, quick: bool) -> tuple[float, float]:
+    """Seconds of all dots of the model that have a weight, in float32 and in w8a8, each timed "
+    "alone."""
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_layers
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = {(d, heads): layers, (heads, d): layers, (f, d): layers, (d, config.vocab_size): 1}
+    for shape, count in (((d, kv), 2 * layers), ((d, f), 2 * layers)):
+        shapes[shape] = shapes.get(shape, 0) + count
+    total = total_q = 0.0
+    for (inner, outer), count in shapes.items():
+        x = jax.random.normal(jax.random.key(0), (rows, inner))
+        w = jax.random.normal(jax.random.key(1), (inner, outer))
+        floats = jax.jit(lambda w, x: x @ w)
+        bare, bare_w = _bare_int8(w)
+        _, times = _race(
+            {"f": lambda: floats(w, x), "q": lambda: bare(bare_w, x)},  # noqa: B023
+            "f",
+            quick,
+        )
+        total += count * times["f"]
+        total_q += count * times["q"]
+    return total, total_q
+
+
+def _bare_int8(w: jax.Array) -> tuple[Callable[..., jax.Array], Any]:
+    """The least that w8a8 with dynamic per-token activations can cost in plain JAX."""
+    scale = jnp.max(jnp.abs(w), axis=0, keepdims=True) / 127
+    codes = jnp.round(w / scale).astype(jnp.int8)
+
+    @jax.jit
+    def multiply(parts: Any, x: jax.Array) -> jax.Array:
+        codes, scale = parts
+        s = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
+        xq = jnp.round(x / s).astype(jnp.int8)
+        y = jax.lax.dot(xq, codes, preferred_element_type=jnp.int32)
+        return y.astype(jnp.float32) * s * scale
+
+    return multiply, (codes, scale)
+
+
+def _relative(value: jax.Array, exact: jax.Array) -> float:
+    return float(jnp.linalg.norm(value - exact) / jnp.linalg.norm(exact))
