@@ -26,6 +26,7 @@ __all__ = [
     "bind",
     "bind_remat",
     "call_bwd",
+    "call_primitives",
     "custom_rule",
     "equation_context",
     "has_tangent",
@@ -34,6 +35,8 @@ __all__ = [
     "is_unspecified",
     "name_stack_names",
     "open_jaxpr",
+    "optimization_barrier_p",
+    "pvary_p",
     "ragged_dot_general_p",
     "run_fwd",
     "scan_arity",
@@ -44,8 +47,12 @@ __all__ = [
     "unstack_p",
 ]
 
+# One and the same primitive from jax 0.12 on.
+call_primitives = tuple(dict.fromkeys((jp.closed_call_p, jp.call_p)))
 shard_map_p = _shard_map.shard_map_p
 ragged_dot_general_p = _lax.ragged_dot_general_p
+optimization_barrier_p = _lax.optimization_barrier_p
+pvary_p = _core.pvary_p
 split_p = _lax.split_p
 stack_p = _lax.stack_p
 unstack_p = _lax.unstack_p

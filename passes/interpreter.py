@@ -1,0 +1,174 @@
+"""The loop that evaluates a jaxpr while some of its values are weights and not plain arrays.
+
+`Interpreter` walks a jaxpr the user's function was traced to. Arrays flow through unchanged
+equations; a `Weight` (a `QTensor`, or a float array whose way is followed) goes to a rule that
+its primitive has in a registry. Equations with sub-jaxprs are rebuilt by the rules of
+`control_flow`, so remat stays remat and a scan stays a scan. Used by `rewrite` (quantized
+execution) and `observers` (calibration). The loop knows no primitive by name and must not grow:
+a new primitive is a rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.extend.core import Literal, Primitive
+
+from jaxquant.core import _compat
+from jaxquant.core.structure import Unstructured
+
+Site = tuple[int, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["value"],
+    meta_fields=["path", "levels", "gathered"],
+)
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A value that comes from a parameter through structural operations only.
+
+    Attributes:
+      value: the `QTensor`, or the float array, in its present shape.
+      path: the parameter it comes from.
+      levels: sites of the scans that slice it, outermost first.
+      gathered: whether rows were picked by an array of indices (an embedding lookup).
+    """
+
+    value: Any
+    path: str
+    levels: tuple[Site, ...] = ()
+    gathered: bool = False
+
+    def replace(self, **changes: Any) -> Weight:
+        return dataclasses.replace(self, **changes)
+
+
+def is_weight(x: Any) -> bool:
+    return isinstance(x, Weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a rule may know of its equation. Frozen: rules evolve without new signatures.
+
+    Attributes:
+      interpreter: the running interpreter.
+      eqn: the equation.
+      site: its place: equation index, then sub-jaxpr number and equation index at each nesting.
+      names: scope names of the equation, outermost first, those of enclosing calls included.
+    """
+
+    interpreter: Interpreter
+    eqn: Any
+    site: Site
+    names: tuple[str, ...]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.eqn.params
+
+    def run(self, sub: int, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        """Evaluates sub-jaxpr number ``sub`` of this equation with the same interpreter."""
+        inner, consts = _compat.open_jaxpr(jaxpr)
+        return self.interpreter.run(inner, consts, args, (*self.site, sub), self.names)
+
+    def float(self, value: Any, reason: str) -> Any:
+        """The array that a weight stands for; reported, or an error where that is strict."""
+        return self.interpreter.to_float(self, value, reason) if is_weight(value) else value
+
+
+class Rule(Protocol):
+    """Evaluates one equation at least one of whose inputs is a `Weight`.
+
+    Returns the list of outputs. Raises `Unstructured` with a reason where it cannot; then the
+    weights are turned to arrays, which is reported, and the equation is applied as it stands.
+    """
+
+    def __call__(self, ctx: Context, ins: list[Any], /) -> list[Any]: ...
+
+
+def register(
+    table: dict[Primitive, Rule], *primitives: Primitive
+) -> Callable[[Rule], Rule]:
+    """Decorator that enters a rule for ``primitives``; a second rule for one is an error."""
+
+    def enter(rule: Rule) -> Rule:
+        for primitive in primitives:
+            if primitive in table:
+                raise ValueError(f"primitive {primitive} already has a rule in this table")
+            table[primitive] = rule
+        return rule
+
+    return enter
+
+
+class Interpreter:
+    """Evaluates jaxprs by rules. Subclasses say what a weight becomes where no rule applies."""
+
+    #: Rules for equations that have a weight among their inputs.
+    rules: Mapping[Primitive, Rule]
+    #: Rules for equations with sub-jaxprs.
+    control_rules: Mapping[Primitive, Rule]
+
+    def wants(self, ctx: Context, ins: Sequence[Any]) -> bool:
+        """Whether an equation with sub-jaxprs is entered although no input is a weight."""
+        return False
+
+    def visit(self, ctx: Context, ins: list[Any]) -> list[Any] | None:
+        """Called for an equation without weights; its outputs, or None to apply it unchanged."""
+        return None
+
+    def to_float(self, ctx: Context, weight: Weight, reason: str) -> Any:
+        """The plain array a weight stands for."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        args: Sequence[Any],
+        site: Site = (),
+        names: tuple[str, ...] = (),
+    ) -> list[Any]:
+        """Evaluates an open jaxpr; inputs and outputs are arrays or `Weight`s."""
+        env: dict[Any, Any] = {}
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        for index, eqn in enumerate(jaxpr.eqns):
+            ins = [read(atom) for atom in eqn.invars]
+            with _compat.equation_context(eqn):
+                ctx = Context(
+                    self, eqn, (*site, index), names + _compat.name_stack_names(eqn)
+                )
+                outs = self._evaluate(ctx, ins)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _evaluate(self, ctx: Context, ins: list[Any]) -> list[Any]:
+        primitive = ctx.eqn.primitive
+        has_weight = any(map(is_weight, ins))
+        control = self.control_rules.get(primitive)
+        if control is not None:
+            if has_weight or self.wants(ctx, ins):
+                return control(ctx, ins)
+            return _compat.bind(ctx.eqn, ins)
+        if not has_weight:
+            outs = self.visit(ctx, ins)
+            return _compat.bind(ctx.eqn, ins) if outs is None else outs
+        rule = self.rules.get(primitive)
+        try:
+            if rule is None:
+                raise Unstructured(f"{primitive} has no quantized form")
+            return rule(ctx, ins)
+        except Unstructured as why:
+            return _compat.bind(ctx.eqn, [ctx.float(x, str(why)) for x in ins])

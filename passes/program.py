@@ -1,0 +1,94 @@
+"""`Program`: a traced function together with what each of its inputs is.
+
+The passes take and give programs; `trace` makes one from a function whose first argument holds
+the parameters. Called by `explain`, `ptq` and the frontends; knows nothing of Flax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.core.names import path_string
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A closed jaxpr and the meaning of its inputs.
+
+    Attributes:
+      jaxpr: the closed jaxpr.
+      paths: for each input the parameter path, or None for an input that is no parameter.
+      out_shape: the function's result as a tree of shapes and dtypes.
+      flatten: turns the function's arguments into the jaxpr's flat inputs.
+    """
+
+    jaxpr: Any
+    paths: tuple[str | None, ...]
+    out_shape: Any
+    flatten: Callable[..., list[Any]]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Abstract value of each parameter by path."""
+        return {
+            path: var.aval
+            for path, var in zip(self.paths, self.jaxpr.jaxpr.invars, strict=True)
+            if path is not None
+        }
+
+
+def is_traceable(leaf: Any) -> bool:
+    """Whether a leaf becomes an input of the jaxpr; everything else is static."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def trace(
+    fn: Callable[..., Any], tree: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}
+) -> Program:
+    """Traces ``fn(tree, *args, **kwargs)``; the array leaves of ``tree`` are the parameters.
+
+    Args:
+      fn: the function.
+      tree: parameters, arrays or `jax.ShapeDtypeStruct`s.
+      args: further positional arguments; leaves that are not arrays are static.
+      kwargs: keyword arguments, likewise.
+
+    Raises:
+      ValueError: two leaves of ``tree`` have the same path.
+    """
+    example = (tree, tuple(args), dict(kwargs))
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(example)
+    dynamic = [i for i, (_, leaf) in enumerate(keyed) if is_traceable(leaf)]
+    leaves = [leaf for _, leaf in keyed]
+
+    def flat(*values: Any) -> Any:
+        full = list(leaves)
+        for i, value in zip(dynamic, values, strict=True):
+            full[i] = value
+        tree, args, kwargs = jax.tree_util.tree_unflatten(treedef, full)
+        out = fn(tree, *args, **kwargs)
+        return [x for x in jax.tree_util.tree_leaves(out) if isinstance(x, jax.Array)]
+
+    closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*(leaves[i] for i in dynamic))
+    paths = tuple(
+        path_string(keyed[i][0][1:]) if keyed[i][0][0].idx == 0 else None for i in dynamic
+    )
+    named = [p for p in paths if p is not None]
+    if len(set(named)) != len(named):
+        twice = sorted({p for p in named if named.count(p) > 1})
+        raise ValueError(f"parameters share a path: {', '.join(twice)}")
+
+    def flatten(tree: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        given, other = jax.tree_util.tree_flatten((tree, tuple(args), dict(kwargs)))
+        if other != treedef:
+            raise ValueError(
+                f"the arguments differ in structure from those traced: {other} is not {treedef}"
+            )
+        return [given[i] for i in dynamic]
+
+    return Program(closed, paths, out_shape, flatten)
