@@ -32,7 +32,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w2a16": {"weight_qtype": jnp.int2, "tile_size": 64},
     "fp8": {"weight_qtype": jnp.float8_e4m3fn, "act_qtype": jnp.float8_e4m3fn},
 }
-"""Preset of jaxquant -> the same thing in Qwix's words. int2 aborts XLA on CPU: not run."""
+"""Preset of jaxquant -> the same thing in Qwix's words."""
 
 
 def quantized(model: Any, params: Any, preset: str, *args: Any) -> tuple[Callable[..., Any], Any]:

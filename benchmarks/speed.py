@@ -187,8 +187,7 @@ def _race(
 
 
 def _weight_dots(config: Any, rows: int, quick: bool) -> tuple[float, float]:
-    """Seconds of all dots of the model that have a weight, in float32 and in w8a8, each timed "
-    "alone."""
+    """Seconds of all dots with a weight, each timed alone: in float32 and in w8a8."""
     d, f, layers = config.hidden_size, config.intermediate_size, config.num_layers
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes = {(d, heads): layers, (heads, d): layers, (f, d): layers, (d, config.vocab_size): 1}
