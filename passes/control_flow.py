@@ -16,7 +16,6 @@ import jax
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 from jax.sharding import PartitionSpec
-
 from jaxquant.core import _compat, placement
 from jaxquant.core.primitives import as_dot_policy
 from jaxquant.core.qtensor import QTensor

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import primitives as jp
-
 from jaxquant.core import _compat
 from jaxquant.core.primitives import refuse_weight_gradient
 from jaxquant.passes.control_flow import CONTROL

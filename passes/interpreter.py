@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import jax
 from jax.extend.core import Literal, Primitive
-
 from jaxquant.core import _compat
 from jaxquant.core.structure import Unstructured
 
@@ -46,10 +45,12 @@ class Weight:
     gathered: bool = False
 
     def replace(self, **changes: Any) -> Weight:
+        """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
 
 def is_weight(x: Any) -> bool:
+    """Whether a value of the environment is a `Weight`."""
     return isinstance(x, Weight)
 
 
@@ -71,6 +72,7 @@ class Context:
 
     @property
     def params(self) -> dict[str, Any]:
+        """Parameters of the equation."""
         return self.eqn.params
 
     def run(self, sub: int, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -90,12 +92,12 @@ class Rule(Protocol):
     weights are turned to arrays, which is reported, and the equation is applied as it stands.
     """
 
-    def __call__(self, ctx: Context, ins: list[Any], /) -> list[Any]: ...
+    def __call__(self, ctx: Context, ins: list[Any], /) -> list[Any]:
+        """Outputs of the equation of ``ctx`` for these inputs."""
+        ...
 
 
-def register(
-    table: dict[Primitive, Rule], *primitives: Primitive
-) -> Callable[[Rule], Rule]:
+def register(table: dict[Primitive, Rule], *primitives: Primitive) -> Callable[[Rule], Rule]:
     """Decorator that enters a rule for ``primitives``; a second rule for one is an error."""
 
     def enter(rule: Rule) -> Rule:
@@ -147,9 +149,7 @@ class Interpreter:
         for index, eqn in enumerate(jaxpr.eqns):
             ins = [read(atom) for atom in eqn.invars]
             with _compat.equation_context(eqn):
-                ctx = Context(
-                    self, eqn, (*site, index), names + _compat.name_stack_names(eqn)
-                )
+                ctx = Context(self, eqn, (*site, index), names + _compat.name_stack_names(eqn))
                 outs = self._evaluate(ctx, ins)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]

@@ -14,14 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 from jax.sharding import PartitionSpec
-
 from jaxquant.core import _compat
 from jaxquant.core.structure import Unstructured
 from jaxquant.passes.control_flow import merge_fixed, separate_invariant
-from jaxquant.passes.interpreter import Context, Interpreter, Rule, Site, Weight, is_weight, register
+from jaxquant.passes.interpreter import (
+    Context,
+    Interpreter,
+    Rule,
+    Site,
+    Weight,
+    is_weight,
+    register,
+)
 from jaxquant.passes.program import Program
 from jaxquant.passes.statistics import Statistic
 
@@ -63,7 +71,7 @@ def insert_observers(
         with observer.collecting() as found:
             observer.run(jaxpr, consts, marked)
         merged: dict[str, Any] = {}
-        for (path, levels), stat in sorted(found.items(), key=lambda item: -len(item[0][1])):
+        for (path, _), stat in sorted(found.items(), key=lambda item: -len(item[0][1])):
             statistic = statistics[path]
             if path in merged:  # the parameter is also used outside the scan that stacks it
                 merged[path] = statistic.merge(merged[path], stat)
@@ -102,12 +110,10 @@ class _Observer(Interpreter):
                 stat = self.statistics[key[0]].merge(self._found[key], stat)
             self._found[key] = stat
 
-    def neutral(self, shapes: Collected) -> Collected:
+    @staticmethod
+    def neutral(shapes: Collected) -> Collected:
         """Statistics of nothing, in the shapes of ``shapes``."""
-        return {
-            key: jax.numpy.broadcast_to(self.statistics[key[0]].neutral(), shape.shape)
-            for key, shape in shapes.items()
-        }
+        return {key: jnp.zeros(shape.shape, shape.dtype) for key, shape in shapes.items()}
 
     def to_float(self, ctx: Context, weight: Weight, reason: str) -> Any:
         return weight.value

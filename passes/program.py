@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from jaxquant.core.names import path_string
 
 

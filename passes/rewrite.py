@@ -18,14 +18,21 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
-
 from jaxquant.core import _compat, placement, primitives, structure
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.recipe import Rule as RecipeRule
 from jaxquant.core.structure import Unstructured
 from jaxquant.passes import custom_derivatives as custom_derivatives  # enters its rules
 from jaxquant.passes.control_flow import CONTROL
-from jaxquant.passes.interpreter import Context, Interpreter, Rule, Site, Weight, is_weight, register
+from jaxquant.passes.interpreter import (
+    Context,
+    Interpreter,
+    Rule,
+    Site,
+    Weight,
+    is_weight,
+    register,
+)
 from jaxquant.passes.weightless import is_attention_product, rule_for
 
 
@@ -85,9 +92,11 @@ class Rewriter(Interpreter):
         self._op_rules = tuple(op_rules)
 
     def wants(self, ctx: Context, ins: Sequence[Any]) -> bool:
+        """Products without weights may stand in any sub-jaxpr."""
         return bool(self._op_rules)
 
     def visit(self, ctx: Context, ins: list[Any]) -> list[Any] | None:
+        """Quantizes a product of two activations if a rule names it."""
         if not self._op_rules or not is_attention_product(ctx.eqn, ctx.names):
             return None
         rule = rule_for(self._op_rules, ctx.names)
@@ -99,6 +108,7 @@ class Rewriter(Interpreter):
         return [out]
 
     def to_float(self, ctx: Context, weight: Weight, reason: str) -> Any:
+        """The dequantized array; reported, or refused when strict, unless it was looked up."""
         if weight.gathered:
             return primitives.dequantize(weight.value)  # the rows that were picked, no more
         if self._strict:
@@ -119,9 +129,7 @@ class Rewriter(Interpreter):
             self._on_event(event)
         return primitives.dequantize(weight.value)
 
-    def report(
-        self, ctx: Context, path: str, action: str, lowering: str, reason: str
-    ) -> None:
+    def report(self, ctx: Context, path: str, action: str, lowering: str, reason: str) -> None:
         if self._on_event is not None:
             self._on_event(
                 Event(
@@ -311,12 +319,14 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
     weight, x, side = (lhs, rhs, "lhs") if is_weight(lhs) else (rhs, lhs, "rhs")
     _require_float(x)
     p = ctx.params
-    options = dict(
-        weight_side=side, precision=p["precision"],
-        preferred_element_type=p["preferred_element_type"],
-    )  # fmt: skip
+    options = {"preferred_element_type": p["preferred_element_type"], "precision": p["precision"]}
     out = primitives.quantized_dot_general(
-        x, weight.value, p["dimension_numbers"], out_sharding=p["out_sharding"], **options
+        x,
+        weight.value,
+        p["dimension_numbers"],
+        weight_side=side,
+        **options,
+        out_sharding=p["out_sharding"],
     )
     name, reason = primitives.describe_lowering(
         x, weight.value, p["dimension_numbers"], weight_side=side

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as jp
-
 from jaxquant.core.names import innermost_module
 from jaxquant.core.recipe import Rule
 

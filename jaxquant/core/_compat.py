@@ -14,12 +14,17 @@ from typing import Any
 import jax
 from jax._src import core as _core
 from jax._src import custom_derivatives as _custom_derivatives
+from jax._src import dispatch as _dispatch
+from jax._src import mesh as _mesh
 from jax._src import shard_map as _shard_map
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import ad as _ad
+from jax._src.interpreters import batching as _batching
+from jax._src.interpreters import mlir as _mlir
 from jax._src.interpreters import partial_eval as _pe
 from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UnspecifiedValue as _Unspecified
+from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
 from jax.extend.core import primitives as jp
 
 __all__ = [
@@ -27,20 +32,27 @@ __all__ = [
     "bind_remat",
     "call_bwd",
     "call_primitives",
+    "canonical_out_sharding",
+    "canonical_precision",
     "custom_rule",
     "equation_context",
     "has_tangent",
     "is_eager",
     "is_tracer",
     "is_unspecified",
+    "lower_without_shardings",
+    "make_primitive",
+    "match_varying",
     "name_stack_names",
     "open_jaxpr",
     "optimization_barrier_p",
+    "permuted_sharding",
     "pvary_p",
     "ragged_dot_general_p",
     "run_fwd",
     "scan_arity",
     "shard_map_p",
+    "sharding_for_vmap",
     "source_line",
     "split_p",
     "stack_p",
@@ -57,7 +69,10 @@ split_p = _lax.split_p
 stack_p = _lax.stack_p
 unstack_p = _lax.unstack_p
 
-is_tracer: Callable[[Any], bool] = lambda x: isinstance(x, _core.Tracer)
+
+def is_tracer(x: Any) -> bool:
+    """True for a value that is being traced."""
+    return isinstance(x, _core.Tracer)
 
 
 def is_eager() -> bool:
@@ -169,3 +184,74 @@ def has_tangent(tangent: Any) -> bool:
     if isinstance(tangent, (_ad.Zero, _custom_derivatives.SymbolicZero)):
         return False
     return getattr(tangent, "dtype", None) != jax.dtypes.float0
+
+
+# -- what our own primitives need ------------------------------------------------------------
+
+
+def make_primitive(name: str) -> Any:
+    """A new primitive that runs eagerly by compiling itself, as JAX's own do."""
+    primitive = _core.Primitive(name)
+    primitive.def_impl(
+        lambda *args, **params: _dispatch.apply_primitive(primitive, *args, **params)
+    )
+    return primitive
+
+
+def match_varying(*args: Any) -> list[Any]:
+    """Inside shard_map, marks every operand as varying over the axes that any of them varies over.
+
+    JAX's own functions do this before they bind a primitive of several operands; its transpose is
+    the psum of the cotangents.
+    """
+    return list(_core.auto_insert_reshard(*args))
+
+
+def canonical_precision(precision: Any) -> Any:
+    """A precision as ``dot_general_p`` holds it: None, a pair, or a dot algorithm."""
+    return _lax.canonicalize_precision(precision)
+
+
+def canonical_out_sharding(sharding: Any, name: str) -> Any:
+    """An ``out_sharding`` argument as primitives hold it: a NamedSharding on an abstract mesh."""
+    return _canonicalize_sharding(sharding, name)
+
+
+def sharding_for_vmap(axis_data: Any, sharding: Any, axis: int) -> Any:
+    """``sharding`` with the mapped axis put in at ``axis``; None stays None."""
+    if sharding is None:
+        return None
+    return _batching.get_sharding_for_vmap(axis_data, sharding, axis)
+
+
+def permuted_sharding(aval: Any, order: Sequence[int]) -> Any:
+    """The sharding type of ``aval`` with its axes in ``order``; None off explicit meshes."""
+    sharding = aval.sharding
+    if sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
+        return None
+    spec = sharding.spec.update(partitions=tuple(sharding.spec.partitions[i] for i in order))
+    return sharding.update(spec=spec)
+
+
+def lower_without_shardings(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A lowering rule from a function of arrays, traced without sharding types.
+
+    On an explicit mesh every operation of ``fn`` would need a sharding of its own. Here only the
+    result is pinned to the primitive's output type; the partitioner fills in what lies between.
+    """
+
+    def plain(aval: Any) -> Any:
+        return _core.ShapedArray(aval.shape, aval.dtype)
+
+    def rule(ctx: Any, *args: Any, **params: Any) -> Any:
+        lowered = _mlir.lower_fun(fn, multiple_results=False)
+        with _mesh.use_abstract_mesh(_mesh.empty_abstract_mesh):
+            inner = ctx.replace(
+                avals_in=[plain(a) for a in ctx.avals_in],
+                avals_out=[plain(a) for a in ctx.avals_out],
+            )
+            (out,) = lowered(inner, *args, **params)
+        ctx.set_tokens_out(inner.tokens_out) if inner.tokens_out is not None else None
+        return [_mlir.lower_with_sharding_in_types(ctx, out, ctx.avals_out[0])]
+
+    return rule

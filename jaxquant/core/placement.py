@@ -29,7 +29,10 @@ def part_spec(shape: Sequence[int], spec: PartitionSpec, mesh: Any) -> Partition
     """The spec of a weight, for one of its parts: axes that cannot be split are left whole."""
     entries = [spec[i] if i < len(spec) else None for i in range(len(shape))]
     return PartitionSpec(
-        *(e if n % spec_axis_size(mesh, e) == 0 else None for n, e in zip(shape, entries, strict=True))
+        *(
+            e if n % spec_axis_size(mesh, e) == 0 else None
+            for n, e in zip(shape, entries, strict=True)
+        )
     )
 
 
@@ -77,9 +80,7 @@ def refine_for_sharding(weight: QTensor, shards: Sequence[int]) -> QTensor:
     """
     axis = weight.packed_axis
     if axis is not None and shards[axis] > 1:
-        weight = weight.replace(
-            codes=weight.unpacked_codes(), packed_axis=None, packed_length=None
-        )
+        weight = weight.replace(codes=weight.unpacked_codes(), packed_axis=None, packed_length=None)
 
     def refine(part: Any) -> Any:
         for i, count in enumerate(shards):
@@ -93,5 +94,6 @@ def refine_for_sharding(weight: QTensor, shards: Sequence[int]) -> QTensor:
     ) else weight.scale  # fmt: skip
     zero = weight.zero_point
     return weight.replace(
-        scale=jax.tree_util.tree_map(refine, scale), zero_point=None if zero is None else refine(zero)
+        scale=jax.tree_util.tree_map(refine, scale),
+        zero_point=None if zero is None else refine(zero),
     )

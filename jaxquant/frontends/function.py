@@ -17,16 +17,15 @@ from jax.sharding import NamedSharding
 
 from jaxquant.core import _compat
 from jaxquant.core.names import path_string
-from jaxquant.core.qtensor import QTensor, is_qtensor
+from jaxquant.core.qtensor import is_qtensor
 from jaxquant.passes.interpreter import Weight, is_weight
+from jaxquant.passes.program import is_traceable
 from jaxquant.passes.rewrite import Event, Rewriter
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def transform(
-    fn: F, *, strict: bool = False, on_event: Callable[[Event], None] | None = None
-) -> F:
+def transform(fn: F, *, strict: bool = False, on_event: Callable[[Event], None] | None = None) -> F:
     """A function like ``fn`` whose arguments may hold `QTensor` leaves in the place of arrays.
 
     It can be jitted, vmapped, scanned, rematerialised, differentiated (with respect to float
@@ -58,9 +57,7 @@ def transform(
             full = [static.get(i) for i in range(len(leaves))]
             for i, value in zip(dynamic, values, strict=True):
                 full[i] = value
-            rewriter = Rewriter(
-                on_event=on_event, strict=strict, op_rules=_op_rules(values)
-            )
+            rewriter = Rewriter(on_event=on_event, strict=strict, op_rules=_op_rules(values))
             return _run(fn, tree, full, rewriter)
 
         key = _signature(tree, static)
@@ -75,9 +72,7 @@ def transform(
 
 
 def _is_dynamic(leaf: Any) -> bool:
-    return is_qtensor(leaf) or isinstance(leaf, (jax.Array, np.ndarray, np.generic)) or (
-        isinstance(leaf, jax.ShapeDtypeStruct)
-    )  # fmt: skip
+    return is_qtensor(leaf) or is_traceable(leaf)
 
 
 def _signature(tree: Any, static: dict[int, Any]) -> Hashable | None:
@@ -139,9 +134,7 @@ def _run(fn: Callable[..., Any], tree: Any, leaves: list[Any], rewriter: Rewrite
 
     closed = jax.make_jaxpr(flat)(*(_float_input(leaves[i]) for i in dynamic))
     paths = _argument_paths(tree)
-    inputs = [
-        Weight(leaves[i], paths[i]) if is_qtensor(leaves[i]) else leaves[i] for i in dynamic
-    ]
+    inputs = [Weight(leaves[i], paths[i]) if is_qtensor(leaves[i]) else leaves[i] for i in dynamic]
     jaxpr, consts = _compat.open_jaxpr(closed)
     outs = rewriter.run(jaxpr, consts, inputs)
     same = {id(v): x for v, x in zip(jaxpr.invars, inputs, strict=True)}

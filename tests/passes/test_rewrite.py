@@ -6,18 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxquant.passes.rewrite import StrictError
 
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.frontends.function import transform
-from jaxquant.passes.rewrite import StrictError
-from tests.passes.zoo import CASES, K_N, X, Case, matmul, quantize_axes
+from tests.passes.zoo import CASES, K_N, Case, X, matmul, quantize_axes
 from tests.passes.zoo import elementwise_use as elementwise_use_fn
 
 
 def dequantized(tree):
-    return jax.tree.map(
-        lambda x: x.dequantize() if is_qtensor(x) else x, tree, is_leaf=is_qtensor
-    )
+    return jax.tree.map(lambda x: x.dequantize() if is_qtensor(x) else x, tree, is_leaf=is_qtensor)
 
 
 def assert_close(actual, expected):

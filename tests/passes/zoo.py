@@ -308,5 +308,3 @@ def same_shapes_everywhere(p, x):
 @case({"u": (8, 4), "v": (4, 6)}, {"u": (0,), "v": (0,)}, X)
 def three_operand_einsum(p, x):
     return jnp.einsum("mk,kr,rn->mn", x, p["u"], p["v"])
-
-
