@@ -11,18 +11,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxquant.algorithms.explain import explain as explain
+    from jaxquant.algorithms.ptq import ptq as ptq
     from jaxquant.core.qtensor import QTensor as QTensor
+    from jaxquant.core.qtypes import QType as QType
+    from jaxquant.core.qtypes import get_qtype as get_qtype
+    from jaxquant.core.quantize_array import quantize_array as quantize_array
     from jaxquant.core.recipe import PRESETS as PRESETS
     from jaxquant.core.recipe import Recipe as Recipe
+    from jaxquant.core.recipe import Rule as Rule
     from jaxquant.core.recipe import get_recipe as get_recipe
+    from jaxquant.core.schemes import ActScheme as ActScheme
+    from jaxquant.core.schemes import WeightScheme as WeightScheme
+    from jaxquant.evaluate.compare import compare as compare
+    from jaxquant.evaluate.latency import LatencyOptions as LatencyOptions
+    from jaxquant.evaluate.report import Report as Report
+    from jaxquant.frontends.decorator import quantize as quantize
+    from jaxquant.frontends.function import transform as transform
+    from jaxquant.io.orbax import inspect as inspect
+    from jaxquant.io.orbax import restore as restore
+    from jaxquant.io.orbax import save as save
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "explain": "jaxquant.algorithms.explain",
+    "ptq": "jaxquant.algorithms.ptq",
     "QTensor": "jaxquant.core.qtensor",
+    "QType": "jaxquant.core.qtypes",
+    "get_qtype": "jaxquant.core.qtypes",
+    "quantize_array": "jaxquant.core.quantize_array",
     "PRESETS": "jaxquant.core.recipe",
     "Recipe": "jaxquant.core.recipe",
+    "Rule": "jaxquant.core.recipe",
     "get_recipe": "jaxquant.core.recipe",
+    "ActScheme": "jaxquant.core.schemes",
+    "WeightScheme": "jaxquant.core.schemes",
+    "compare": "jaxquant.evaluate.compare",
+    "LatencyOptions": "jaxquant.evaluate.latency",
+    "Report": "jaxquant.evaluate.report",
+    "quantize": "jaxquant.frontends.decorator",
+    "transform": "jaxquant.frontends.function",
+    "inspect": "jaxquant.io.orbax",
+    "restore": "jaxquant.io.orbax",
+    "save": "jaxquant.io.orbax",
 }
 """Public name -> module that defines it. The block above says the same to type checkers."""
 
