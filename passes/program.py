@@ -47,7 +47,11 @@ def is_traceable(leaf: Any) -> bool:
 
 
 def trace(
-    fn: Callable[..., Any], tree: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}
+    fn: Callable[..., Any],
+    tree: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    paths: Sequence[str | None] | None = None,
 ) -> Program:
     """Traces ``fn(tree, *args, **kwargs)``; the array leaves of ``tree`` are the parameters.
 
@@ -56,11 +60,13 @@ def trace(
       tree: parameters, arrays or `jax.ShapeDtypeStruct`s.
       args: further positional arguments; leaves that are not arrays are static.
       kwargs: keyword arguments, likewise.
+      paths: for each leaf of ``tree`` its name, or None for one that is no parameter. When None,
+        all leaves are parameters, named by their place in the tree.
 
     Raises:
       ValueError: two leaves of ``tree`` have the same path.
     """
-    example = (tree, tuple(args), dict(kwargs))
+    example = (tree, tuple(args), dict(kwargs or {}))
     keyed, treedef = jax.tree_util.tree_flatten_with_path(example)
     dynamic = [i for i, (_, leaf) in enumerate(keyed) if is_traceable(leaf)]
     leaves = [leaf for _, leaf in keyed]
@@ -74,10 +80,10 @@ def trace(
         return [x for x in jax.tree_util.tree_leaves(out) if isinstance(x, jax.Array)]
 
     closed, out_shape = jax.make_jaxpr(flat, return_shape=True)(*(leaves[i] for i in dynamic))
-    paths = tuple(
-        path_string(keyed[i][0][1:]) if keyed[i][0][0].idx == 0 else None for i in dynamic
-    )
-    named = [p for p in paths if p is not None]
+    if paths is None:
+        paths = [path_string(path[1:]) for path, _ in keyed if path[0].idx == 0]
+    names = tuple(paths[i] if i < len(paths) else None for i in dynamic)
+    named = [p for p in names if p is not None]
     if len(set(named)) != len(named):
         twice = sorted({p for p in named if named.count(p) > 1})
         raise ValueError(f"parameters share a path: {', '.join(twice)}")
@@ -90,4 +96,4 @@ def trace(
             )
         return [given[i] for i in dynamic]
 
-    return Program(closed, paths, out_shape, flatten)
+    return Program(closed, names, out_shape, flatten)

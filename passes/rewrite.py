@@ -130,6 +130,7 @@ class Rewriter(Interpreter):
         return primitives.dequantize(weight.value)
 
     def report(self, ctx: Context, path: str, action: str, lowering: str, reason: str) -> None:
+        """Tells the listener of a decision about the equation of ``ctx``."""
         if self._on_event is not None:
             self._on_event(
                 Event(

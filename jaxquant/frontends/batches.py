@@ -1,0 +1,31 @@
+"""A batch as the user gives it: one array, a tuple of positional arguments, or keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def call_arguments(batch: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Reads a batch as the model's arguments.
+
+    Args:
+      batch: an array, a tuple of positional arguments, or a mapping of keyword arguments.
+      where: what the batch is, for errors, e.g. "calibration batch 3".
+
+    Returns:
+      Positional and keyword arguments.
+
+    Raises:
+      TypeError: where it is none of these.
+    """
+    if hasattr(batch, "shape") and hasattr(batch, "dtype"):
+        return (batch,), {}
+    if isinstance(batch, tuple):
+        return batch, {}
+    if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):
+        return (), dict(batch)
+    raise TypeError(
+        f"{where}: a batch is an array, a tuple of positional arguments or a mapping of keyword "
+        f"arguments; got a {type(batch).__name__}"
+    )
