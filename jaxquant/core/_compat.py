@@ -8,6 +8,7 @@ and the primitives; nothing here knows what quantization is.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -251,7 +252,6 @@ def lower_without_shardings(fn: Callable[..., Any]) -> Callable[..., Any]:
                 avals_out=[plain(a) for a in ctx.avals_out],
             )
             (out,) = lowered(inner, *args, **params)
-        ctx.set_tokens_out(inner.tokens_out) if inner.tokens_out is not None else None
         return [_mlir.lower_with_sharding_in_types(ctx, out, ctx.avals_out[0])]
 
     return rule

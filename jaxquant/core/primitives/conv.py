@@ -1,0 +1,97 @@
+"""`quantized_conv_general_dilated`: convolution with a quantized kernel, as a JAX primitive.
+
+The kernel is quantized, the input is not: XLA's integer convolutions run as plain loops on CPU.
+Called by the rewriter's rule for conv_general_dilated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives as jp
+from jax.interpreters import batching
+
+from jaxquant.core.primitives.linear import (
+    bind_linear,
+    float_parameters,
+    make_linear_primitive,
+    result_dtype,
+)
+from jaxquant.core.primitives.weights import reference_parts, unflatten
+from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels import reference_conv
+
+
+def quantized_conv_general_dilated(
+    x: jax.Array, w: QTensor, window_strides: Any, padding: Any, **options: Any
+) -> jax.Array:
+    """`lax.conv_general_dilated(x, w, window_strides, padding, **options)` with a QTensor kernel.
+
+    Activations stay float (`w.act` is not used). A scale per output feature multiplies the
+    output; under any other scale the kernel is dequantized first.
+
+    Args:
+      x: the input, floats.
+      w: the kernel.
+      window_strides: as for lax.conv_general_dilated.
+      padding: likewise.
+      **options: its other arguments.
+
+    Returns:
+      Array of the float convolution's shape and dtype.
+
+    Raises:
+      ValueError: shapes do not fit (the message is lax.conv_general_dilated's).
+    """
+
+    def float_conv(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, w, window_strides, padding, **options)
+
+    return bind_conv(x, w, **float_parameters(float_conv, x, w))
+
+
+def bind_conv(x: jax.Array, w: QTensor, **params: Any) -> jax.Array:
+    """Binds the primitive with the parameters of a `conv_general_dilated` equation."""
+    return bind_linear(quantized_conv_general_dilated_p, x, w, **params)
+
+
+def _compute(
+    x: jax.Array,
+    w: QTensor,
+    *,
+    preferred_element_type: Any,
+    out_sharding: Any = None,
+    **params: Any,
+) -> jax.Array:
+    del out_sharding  # the output's aval has it
+    dtype = result_dtype(x, w, preferred_element_type)
+    return reference_conv.conv_general_dilated(x, *reference_parts(w), out_dtype=dtype, **params)
+
+
+quantized_conv_general_dilated_p = make_linear_primitive(
+    "quantized_conv_general_dilated", jp.conv_general_dilated_p, _compute
+)
+_inline_batch = batching.fancy_primitive_batchers[quantized_conv_general_dilated_p]
+
+
+def _batch(axis_data: Any, args: Any, dims: Any, *, tree: Any, **params: Any) -> Any:
+    x, *leaves = args
+    x_dim, *leaf_dims = dims
+    alone = all(d is None for d in leaf_dims) and params.get("out_sharding") is None
+    if x_dim is None or not alone or params["batch_group_count"] != 1:
+        return _inline_batch(axis_data, args, dims, tree=tree, **params)
+    # The mapped axis joins the batch, as its major part.
+    numbers = params["dimension_numbers"]
+    into, out_of = numbers.lhs_spec[0], numbers.out_spec[0]
+    x = jnp.moveaxis(x, x_dim, into)
+    size, batch = x.shape[into : into + 2]
+    x = x.reshape(*x.shape[:into], size * batch, *x.shape[into + 2 :])
+    (w,) = unflatten(tree, leaves)
+    out = bind_conv(x, w, **params)
+    return out.reshape(*out.shape[:out_of], size, batch, *out.shape[out_of + 1 :]), out_of
+
+
+batching.fancy_primitive_batchers[quantized_conv_general_dilated_p] = _batch

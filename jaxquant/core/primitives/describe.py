@@ -1,0 +1,68 @@
+"""What a quantized operation will be on the XLA route, and why: for the plan.
+
+Asks the same `choose_dot` as the lowering, on shapes and dtypes, so a plan cannot differ from what
+runs. Called by `jaxquant.passes`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax import lax
+
+from jaxquant.core.primitives.weights import act_quant, reference_dtype
+from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
+from jaxquant.pallas_kernels.dot_method import choose_dot
+from jaxquant.pallas_kernels.reference_conv import scales_output
+
+_FLOAT_INPUT = "; the input stays float: XLA has no fast integer {op} on every platform"
+
+
+def describe_lowering(
+    x: Any,
+    w: QTensor,
+    dimension_numbers: DotDimensionNumbers,
+    *,
+    weight_side: Side = "rhs",
+) -> tuple[str, str]:
+    """Name of the lowering of `quantized_dot_general` and the reason for it.
+
+    Args:
+      x: the activation or its aval.
+      w: the weight; its leaves may be avals.
+      dimension_numbers: as for `quantized_dot_general`.
+      weight_side: likewise.
+
+    Returns:
+      E.g. `("xla: int8 dot", "integer codes on both sides, int32 sums")`.
+    """
+    axes = DotAxes.make(dimension_numbers, len(x.shape), w.ndim, weight_side)
+    act = act_quant(w.act, len(x.shape), axes.x_contract)
+    choice = choose_dot(
+        tuple(x.shape), w.shape, reference_dtype(w), tuple(w.scale.shape), axes, act
+    )
+    return f"xla: {choice.method.value}", choice.reason
+
+
+def describe_conv(w: QTensor, dimension_numbers: lax.ConvDimensionNumbers) -> tuple[str, str]:
+    """Name and reason for `quantized_conv_general_dilated`."""
+    note = _FLOAT_INPUT.format(op="convolution") if w.act is not None else ""
+    if scales_output(tuple(w.scale.shape), (dimension_numbers.rhs_spec[0],)):
+        return "xla: float conv on codes", f"one scale per output feature{note}"
+    return "xla: dequantize, then float conv", f"scales vary over what is summed{note}"
+
+
+def describe_ragged_dot(w: QTensor) -> tuple[str, str]:
+    """Name and reason for `quantized_ragged_dot` in its plain form."""
+    note = _FLOAT_INPUT.format(op="ragged dot") if w.act is not None else ""
+    if scales_output(tuple(w.scale.shape), (0, 2)):
+        return "xla: float ragged dot on codes", f"scales per expert and output column{note}"
+    return "xla: dequantize, then float ragged dot", f"scales vary over what is summed{note}"
+
+
+def describe_dequantize(w: QTensor) -> tuple[str, str]:
+    """Name and reason for `dequantize`."""
+    block = math.prod(w.block_shape)
+    return "xla: dequantize", f"one scale for {block} values"

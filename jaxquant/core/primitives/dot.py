@@ -1,0 +1,166 @@
+"""`quantized_dot_general`: lax.dot_general with one operand a QTensor, as a JAX primitive.
+
+Called by the rewriter's rules in place of dot_general, and by anyone who multiplies with a
+QTensor by hand. The result has the shape, dtype, layout and sharding type of the float product.
+The arithmetic is `jaxquant.pallas_kernels.reference`; batching and differentiation are in
+`dot_rules.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import primitives as jp
+from jax.interpreters import mlir
+
+from jaxquant.core import _compat
+from jaxquant.core.primitives.weights import (
+    act_quant,
+    bind_leaves,
+    logical_aval,
+    reference_parts,
+    unflatten,
+)
+from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels import reference
+from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
+
+quantized_dot_general_p = _compat.make_primitive("quantized_dot_general")
+
+
+def quantized_dot_general(
+    x: jax.Array,
+    w: QTensor,
+    dimension_numbers: DotDimensionNumbers,
+    *,
+    weight_side: Side = "rhs",
+    precision: Any = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """Product of an activation and a quantized weight; see `lax.dot_general`.
+
+    What happens to x first is the weight's own business (`w.act`): nothing, or quantization per
+    token (one scale for each index of all of x's axes that are not contracted), per tensor, or
+    with the calibrated `w.input_scale`. Gradients pass that quantization straight through.
+
+    Args:
+      x: the activation, floats.
+      w: the weight.
+      dimension_numbers: `((lhs, rhs) contracting, (lhs, rhs) batch)` dimensions.
+      weight_side: the operand that the weight is: "rhs", or "lhs".
+      precision: as for lax.dot_general; float products only.
+      preferred_element_type: dtype of the result; None for that of the float product.
+      out_sharding: sharding type of the result on an explicit mesh.
+
+    Returns:
+      Array of the float product's shape and dtype.
+
+    Raises:
+      TypeError: shapes or dtypes do not fit (the message is lax.dot_general's).
+      ValueError: a static activation scheme without input_scale.
+    """
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    dims = (
+        (_ints(lhs_contract), _ints(rhs_contract)),
+        (_ints(lhs_batch), _ints(rhs_batch)),
+    )
+    preferred = None if preferred_element_type is None else np.dtype(preferred_element_type)
+    axes = DotAxes.make(dims, np.ndim(x), w.ndim, weight_side)
+    act = act_quant(w.act, np.ndim(x), axes.x_contract)
+    if act is not None and act.static and w.input_scale is None:
+        raise ValueError(
+            f"the weight's activation scheme is static ({w.act}), but it has no input_scale: "
+            "quantize with calibration batches, or use a dynamic scheme"
+        )
+    return bind_dot(
+        x,
+        w,
+        dimension_numbers=dims,
+        weight_side=weight_side,
+        act=act,
+        precision=_compat.canonical_precision(precision),
+        preferred_element_type=preferred,
+        out_sharding=_compat.canonical_out_sharding(out_sharding, "quantized_dot_general"),
+    )
+
+
+def bind_dot(x: jax.Array, w: QTensor, *, act: ActQuant | None, **params: Any) -> jax.Array:
+    """Binds the primitive with its own parameters; `act` replaces what the weight says."""
+    parts = bind_leaves(w, keep_input_scale=act is not None and act.static)
+    leaves, tree = jax.tree.flatten(parts)
+    x, *leaves = _compat.match_varying(x, *leaves)
+    return quantized_dot_general_p.bind(x, *leaves, tree=tree, act=act, **params)
+
+
+def _ints(axes: Any) -> tuple[int, ...]:
+    return tuple(int(a) for a in axes)
+
+
+def float_operands(x: Any, w: Any, weight_side: Side) -> tuple[Any, Any]:
+    """`(lhs, rhs)`."""
+    return (x, w) if weight_side == "rhs" else (w, x)
+
+
+def _abstract_eval(
+    x: Any,
+    *leaves: Any,
+    tree: Any,
+    act: ActQuant | None,
+    dimension_numbers: DotDimensionNumbers,
+    weight_side: Side,
+    precision: Any,
+    preferred_element_type: np.dtype | None,
+    out_sharding: Any,
+) -> Any:
+    operands = float_operands(x, logical_aval(unflatten(tree, leaves)), weight_side)
+    aval, _ = jp.dot_general_p.abstract_eval(
+        *operands,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    return aval
+
+
+def _compute(
+    x: jax.Array,
+    *leaves: jax.Array,
+    tree: Any,
+    act: ActQuant | None,
+    dimension_numbers: DotDimensionNumbers,
+    weight_side: Side,
+    precision: Any,
+    out_dtype: np.dtype,
+    narrow_fp8: bool,
+) -> jax.Array:
+    w = unflatten(tree, leaves)
+    return reference.dot_general(
+        x,
+        *reference_parts(w),
+        w.input_scale,
+        dimension_numbers=dimension_numbers,
+        weight_side=weight_side,
+        act=act,
+        precision=precision,
+        out_dtype=out_dtype,
+        narrow_fp8=narrow_fp8,
+    )
+
+
+def _lower(ctx: Any, *args: Any, narrow_fp8: bool, **params: Any) -> Any:
+    del params["preferred_element_type"], params["out_sharding"]  # the output's aval has both
+    fn = functools.partial(_compute, out_dtype=ctx.avals_out[0].dtype, narrow_fp8=narrow_fp8)
+    return _compat.lower_without_shardings(fn)(ctx, *args, **params)
+
+
+quantized_dot_general_p.def_abstract_eval(_abstract_eval)
+mlir.register_lowering(quantized_dot_general_p, functools.partial(_lower, narrow_fp8=True))
+mlir.register_lowering(
+    quantized_dot_general_p, functools.partial(_lower, narrow_fp8=False), platform="cpu"
+)

@@ -1,0 +1,122 @@
+"""The machinery of primitives that only replace a weight: convolution and ragged dot.
+
+Their activations stay float, so they are linear in x and need one recipe for everything: the
+float primitive's own typing rule on the float array the weight stands for, and the reference's
+transpose and batching rules. `conv.py` and `ragged.py` call `make_linear_primitive`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad, batching, mlir
+
+from jaxquant.core import _compat
+from jaxquant.core.primitives.weights import (
+    batch_in_front,
+    bind_leaves,
+    logical_aval,
+    refuse_gradient,
+    unflatten,
+)
+from jaxquant.core.qtensor import QTensor
+
+
+def make_linear_primitive(
+    name: str, float_primitive: Any, compute: Callable[..., jax.Array]
+) -> Any:
+    """A primitive over `(x, *leaves of w, *extras)`.
+
+    Args:
+      name: its name.
+      float_primitive: the primitive of `(x, w, *extras)` that it stands for; has the same
+        parameters.
+      compute: `(x, w, *extras, **parameters)` to the result, linear in x.
+
+    Returns:
+      The primitive, with all rules but one for vmap over x alone, which keeps it as it is: that
+      is the caller's to register. Other batching inlines `compute`.
+    """
+    primitive = _compat.make_primitive(name)
+
+    def flat(x: jax.Array, *leaves: jax.Array, tree: Any, **params: Any) -> jax.Array:
+        w, *extras = _split(leaves, tree)
+        return compute(x, w, *extras, **params)
+
+    def abstract_eval(x: Any, *leaves: Any, tree: Any, **params: Any) -> Any:
+        w, *extras = _split(leaves, tree)
+        return float_primitive.abstract_eval(x, logical_aval(w), *extras, **params)[0]
+
+    def jvp(primals: Any, tangents: Any, *, tree: Any, **params: Any) -> tuple[Any, Any]:
+        x_tangent, *leaf_tangents = tangents
+        refuse_gradient(name, tree, leaf_tangents)
+        out = primitive.bind(*primals, tree=tree, **params)
+        if not _compat.has_tangent(x_tangent):
+            return out, ad.Zero.from_primal_value(out)
+        return out, primitive.bind(x_tangent, *primals[1:], tree=tree, **params)
+
+    def transpose(cotangent: Any, x: Any, *leaves: Any, tree: Any, **params: Any) -> list[Any]:
+        if not _compat.has_tangent(cotangent):
+            return [ad.Zero(x.aval)] + [None] * len(leaves)
+        of_x = functools.partial(_with_leaves, flat, leaves, {"tree": tree, **params})
+        (x_bar,) = jax.linear_transpose(of_x, x.aval)(cotangent)
+        return [x_bar] + [None] * len(leaves)
+
+    def batch(
+        axis_data: Any, args: Any, dims: Any, *, tree: Any, **params: Any
+    ) -> tuple[jax.Array, int]:
+        x, *leaves = args
+        x_dim, *leaf_dims = dims
+        leaves, leaf_dims = _equalize(tree, leaves, leaf_dims, axis_data.size)
+        fn = functools.partial(flat, tree=tree, **params)
+        return jax.vmap(fn, (x_dim, *leaf_dims), axis_size=axis_data.size)(x, *leaves), 0
+
+    primitive.def_abstract_eval(abstract_eval)
+    mlir.register_lowering(primitive, _compat.lower_without_shardings(flat))
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.fancy_primitive_batchers[primitive] = batch
+    return primitive
+
+
+def bind_linear(primitive: Any, x: jax.Array, w: QTensor, *extras: Any, **params: Any) -> jax.Array:
+    """Binds a primitive made here."""
+    leaves, tree = jax.tree.flatten((bind_leaves(w), *extras))
+    x, *leaves = _compat.match_varying(x, *leaves)
+    return primitive.bind(x, *leaves, tree=tree, **params)
+
+
+def float_parameters(fn: Callable[..., Any], *operands: Any) -> dict[str, Any]:
+    """The canonical parameters with which `fn` binds its one primitive on such operands."""
+    shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands]
+    return dict(jax.make_jaxpr(fn)(*shapes).eqns[-1].params)
+
+
+def result_dtype(x: jax.Array, w: QTensor, preferred: Any) -> Any:
+    """Dtype of the float primitive's result."""
+    return preferred or jnp.promote_types(x.dtype, w.dtype)
+
+
+def _split(leaves: Any, tree: Any) -> Any:
+    return unflatten(tree, leaves)
+
+
+def _with_leaves(flat: Any, leaves: Any, params: Any, x: jax.Array) -> jax.Array:
+    return flat(x, *leaves, **params)
+
+
+def _equalize(tree: Any, leaves: Any, dims: Any, size: int) -> tuple[list[Any], list[Any]]:
+    """Batches all parts of the weight, if one of them is batched; extras stay as they are."""
+    marked = unflatten(tree, list(zip(leaves, dims, strict=True)))
+    w, *extras = marked
+    pairs, w_tree = jax.tree.flatten(w, is_leaf=lambda t: type(t) is tuple)
+    if any(dim is not None for _, dim in pairs):
+        w = batch_in_front(w_tree, *zip(*pairs, strict=True), size)
+        parts = [jnp.broadcast_to(p, (size, *p.shape[1:])) for p in jax.tree.leaves(w)]
+        pairs = [(p, 0) for p in parts]
+    pairs = [*pairs, *extras]
+    return [p for p, _ in pairs], [d for _, d in pairs]
