@@ -193,9 +193,7 @@ def has_tangent(tangent: Any) -> bool:
 def make_primitive(name: str) -> Any:
     """A new primitive that runs eagerly by compiling itself, as JAX's own do."""
     primitive = _core.Primitive(name)
-    primitive.def_impl(
-        lambda *args, **params: _dispatch.apply_primitive(primitive, *args, **params)
-    )
+    primitive.def_impl(functools.partial(_dispatch.apply_primitive, primitive))
     return primitive
 
 
