@@ -1,0 +1,82 @@
+"""`quantize`, the decorator: one name for Linen and NNX classes and instances, and functions.
+
+It only chooses the frontend and checks the recipe's name. The recipe is what `explain`, `ptq` and
+`qat` read; what runs is decided by the leaves (see `jaxquant.frontends.function`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+from flax import linen as flax_linen
+from flax import nnx as flax_nnx
+
+from jaxquant.core.recipe import Recipe, get_recipe
+from jaxquant.frontends import linen, nnx
+from jaxquant.frontends.function import transform
+from jaxquant.frontends.marks import RECIPE
+from jaxquant.frontends.scopes import linen_scopes
+
+T = TypeVar("T")
+
+
+@overload
+def quantize(target: str | Recipe | None = None) -> Callable[[T], T]: ...
+@overload
+def quantize(target: T) -> T: ...
+def quantize(target: Any = None) -> Any:
+    """Makes a model accept `QTensor` parameters: ``@quantize("w4a16_g128")`` or ``@quantize``.
+
+    Works on Linen and NNX module classes and instances (also as submodules of undecorated
+    models) and on functions, whose parameters are their first argument. Where no leaf is a
+    QTensor, the decorated object does exactly what the undecorated one does.
+
+    Args:
+      target: a preset's name, a `Recipe`, or None for "w8a8": returns the decorator. Or the class,
+        instance or function itself, decorated with "w8a8". An instance is not changed: an
+        unbound Linen module is copied, an NNX module gets a twin that shares its variables.
+
+    Returns:
+      The decorated object, or the decorator.
+
+    Raises:
+      ValueError: the preset's name is unknown (the known ones are listed), or a Linen instance is
+        bound already.
+      TypeError: the object is none of the above.
+    """
+    if target is None or isinstance(target, str | Recipe):
+        recipe = get_recipe(target)
+        return lambda obj: _decorate(obj, recipe)
+    return _decorate(target, get_recipe(None))
+
+
+def _decorate(obj: Any, recipe: Recipe) -> Any:
+    if isinstance(obj, flax_linen.Module):
+        return linen.decorate_instance(obj, recipe)
+    if isinstance(obj, flax_nnx.Module):
+        return nnx.decorate_instance(obj, recipe)
+    if isinstance(obj, type) and issubclass(obj, flax_linen.Module):
+        return linen.decorate_class(obj, recipe)
+    if isinstance(obj, type) and issubclass(obj, flax_nnx.Module):
+        return nnx.decorate_class(obj, recipe)
+    if isinstance(obj, functools.partial) and isinstance(obj.func, type):
+        return functools.partial(_decorate(obj.func, recipe), *obj.args, **obj.keywords)
+    if callable(obj) and not isinstance(obj, type):
+        return _decorate_function(obj, recipe)
+    raise TypeError(
+        f"quantize takes a flax.linen or flax.nnx module (class or instance) or a function, not "
+        f"{obj!r}"
+    )
+
+
+def _decorate_function(fn: Callable[..., Any], recipe: Recipe) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def scoped(*args: Any, **kwargs: Any) -> Any:
+        with linen_scopes():
+            return fn(*args, **kwargs)
+
+    wrapped = functools.wraps(fn)(transform(scoped))
+    setattr(wrapped, RECIPE, recipe)
+    return wrapped
