@@ -43,14 +43,16 @@ def describe(value: Any, path: str) -> tuple[LeafRecord, Any]:
             value = jax.random.key_data(value)
     if value.dtype.name not in DTYPES:
         raise TypeError(f"cannot save {path!r}: arrays of {value.dtype} are not supported")
-    return LeafRecord(path, tuple(value.shape), value.dtype.name, kind, impl=impl), value
+    record = LeafRecord(path, tuple(value.shape), value.dtype.name, kind, impl=impl)
+    if kind == "numpy":
+        # Plain memory in native byte order, whatever strides or foreign order it came with.
+        native = value.dtype.newbyteorder("=")
+        value = np.ascontiguousarray(value, native).reshape(record.shape)
+    return record, value
 
 
 def to_stored(array: Any, record: LeafRecord) -> Any:
     """The array that Orbax writes, of `record.stored_dtype`."""
-    if record.kind == "numpy":
-        # Bytes in native order; also what numpy strides or memory maps are made plain.
-        return np.ascontiguousarray(array, record.stored_dtype).reshape(record.shape)
     return array if record.stored_dtype == record.dtype else array.astype(record.stored_dtype)
 
 
