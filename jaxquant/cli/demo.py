@@ -25,7 +25,7 @@ _MARKER = "report.json"
 
 def demo(args: argparse.Namespace) -> Outcome:
     """Quantizes, saves, restores and compares; writes checkpoints, report.html and report.json."""
-    recipes = _recipes(args.recipes)
+    recipes = target.recipes(args.recipes)
     out = _fresh_folder(Path(args.out))
     chosen = target.shipped(args.batches or _BATCHES)
     trees: dict[str, Any] = {}
@@ -58,17 +58,6 @@ def demo(args: argparse.Namespace) -> Outcome:
     )
 
 
-def _recipes(texts: list[str]) -> dict[str, Recipe]:
-    recipes: dict[str, Recipe] = {}
-    for text in texts:
-        recipe = target.recipe(text)
-        assert recipe is not None
-        if recipe.name in recipes:
-            raise UsageError(f"recipe {recipe.name} is given twice")
-        recipes[recipe.name] = recipe
-    return recipes
-
-
 def _fresh_folder(out: Path) -> Path:
     """Empties the folder of an earlier demo; refuses any other that holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -85,9 +74,9 @@ def _round_trip(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Quantizes, saves and restores; returns what was found, and the restored tree."""
     start = time.perf_counter()
-    tree = quantized(chosen, recipe)
+    tree = quantized(chosen, chosen.quantizable(recipe))
     quantized_after = time.perf_counter()
-    jq.save(path, tree)
+    jq.save(path, tree, recipe=recipe)
     saved_after = time.perf_counter()
     restored = jq.restore(path)
     restored_after = time.perf_counter()

@@ -40,14 +40,25 @@ class Target:
     data: Mapping[str, Iterable[Any]] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `explain` and `ptq` take after the model: variables, if any, and the example."""
+        return self.example if self.variables is None else (self.variables, *self.example)
+
     def quantizable(self, recipe: Recipe | None) -> Any:
         """The model under a recipe; under its own (or the default) where None is given."""
-        from jaxquant.frontends import describe
+        return jq.quantize(recipe or recipe_of(self.model))(self.model)
 
-        if recipe is None:
-            adapter = describe(self.model)
-            recipe = adapter.recipe or get_recipe(None)
-        return jq.quantize(recipe)(self.model)
+    def restore(self, path: Path) -> Any:
+        """A checkpoint of quantized weights, in the form in which `ptq` returns them."""
+        return jq.restore(path, model=self.model if self.variables is None else None)
+
+
+def recipe_of(model: Any) -> Recipe:
+    """The recipe that a model is decorated with; the default if it is not decorated."""
+    from jaxquant.frontends import marks
+
+    return marks.recipe_of(model) or get_recipe(None)
 
 
 def shipped(batches: int | None = None) -> Target:
@@ -66,13 +77,20 @@ def shipped(batches: int | None = None) -> Target:
     )
 
 
-def load(model: str | None, checkpoint: str | None, batches: int | None = None) -> Target:
+def load(
+    model: str | None,
+    checkpoint: str | None,
+    batches: int | None = None,
+    *,
+    shapes_only: bool = False,
+) -> Target:
     """The target that the command line names.
 
     Args:
       model: "module:factory", or None for the shipped model.
       checkpoint: a directory of float variables for it, or None.
       batches: use at most so many batches of every slice.
+      shapes_only: whether shapes will do for the variables of a Linen model that has none.
 
     Raises:
       UsageError: the factory cannot be found, returns something else than the help says, or a
@@ -83,15 +101,16 @@ def load(model: str | None, checkpoint: str | None, batches: int | None = None) 
             raise UsageError("--checkpoint holds the variables of a --model; give --model as well")
         return shipped(batches)
     entries = _call_factory(model)
-    variables = entries.get("variables")
-    if checkpoint is not None:
-        variables = jq.restore(existing(checkpoint))
+    example = tuple(entries["example"])
+    subject, variables = _filled(
+        entries["model"], entries.get("variables"), checkpoint, example, shapes_only
+    )
     data = entries.get("data") or {}
     return Target(
         name=model,
-        model=entries["model"],
+        model=subject,
         variables=variables,
-        example=tuple(entries["example"]),
+        example=example,
         calibration=tuple(entries.get("calibration") or ()),
         data={name: list(group)[:batches] for name, group in data.items()},
         metrics=entries.get("metrics") or {},
@@ -114,12 +133,53 @@ def recipe(text: str | None) -> Recipe | None:
         raise UsageError(str(error)) from error
 
 
+def recipes(texts: Iterable[str]) -> dict[str, Recipe]:
+    """Recipe name to recipe, for several of the command line's.
+
+    Raises:
+      UsageError: as `recipe`, or where two have one name.
+    """
+    found: dict[str, Recipe] = {}
+    for text in texts:
+        chosen = recipe(text)
+        assert chosen is not None
+        if chosen.name in found:
+            raise UsageError(f"recipe {chosen.name} is given twice")
+        found[chosen.name] = chosen
+    return found
+
+
 def existing(directory: str) -> Path:
     """The path of a directory that must exist."""
     path = Path(directory)
     if not path.is_dir():
         raise UsageError(f"no checkpoint at {directory}: there is no such directory")
     return path
+
+
+def _filled(
+    model: Any,
+    variables: Any,
+    checkpoint: str | None,
+    example: tuple[Any, ...],
+    shapes_only: bool,
+) -> tuple[Any, Any]:
+    """The model with its float weights: as it is, from a checkpoint, or (Linen) as shapes."""
+    from flax import linen, nnx
+
+    if isinstance(model, nnx.Module):
+        if checkpoint is not None:
+            model = jq.restore(existing(checkpoint), model=model)
+        return model, None
+    if checkpoint is not None:
+        return model, jq.restore(existing(checkpoint))
+    if variables is None and shapes_only and isinstance(model, linen.Module):
+        import jax
+
+        return model, jax.eval_shape(model.init, jax.random.key(0), *example)
+    if variables is None:
+        raise UsageError("the factory's mapping has no variables: give them, or --checkpoint")
+    return model, variables
 
 
 def _call_factory(spec: str) -> Mapping[str, Any]:
