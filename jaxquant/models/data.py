@@ -44,7 +44,8 @@ def prepare(
         ]
         tokenizer = Tokenizer.train(limited, vocab_size)
         tokenizer.save(tokenizer_path)
-        arrays, sources = {}, {}
+        arrays: dict[str, Any] = {}
+        sources: dict[str, Any] = {}
         (work / "heldout").mkdir(exist_ok=True)
         for part in slices:
             arrays[f"train.{part.name}"] = np.asarray(

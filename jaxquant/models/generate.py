@@ -54,7 +54,7 @@ class Limits:
 
 
 def generate(
-    model: nn.Module | nnx.Module,
+    model: Any,
     variables: Any,
     prompt: jax.Array,
     *,
@@ -101,7 +101,7 @@ def generate(
 
 
 def generator(
-    model: nn.Module | nnx.Module, **options: Any
+    model: Any, **options: Any
 ) -> Callable[[Any, jax.Array, jax.Array | None], Generated]:
     """A jitted `(variables, prompt, key) -> Generated`; `options` as for `generate`.
 
@@ -135,9 +135,10 @@ def nnx_step(model: nnx.Module, batch_size: int) -> tuple[Step, Any]:
 
     The caller's model is not touched: the cache lives in a copy.
     """
-    copy = _merge(*nnx.split(model))
+    copy = _merge(nnx.graphdef(model), nnx.state(model))
     copy.init_cache(batch_size)
-    graph, empty, rest = nnx.split(copy, nnx.Cache, ...)
+    graph, *states = nnx.split(copy, nnx.Cache, ...)
+    empty, rest = states
 
     def step(cache: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         merged = _merge(graph, cache, rest)
@@ -172,11 +173,11 @@ def decode_loop(
     lengths = jnp.ones((batch,), jnp.int32)
     next_position = positions[:, -1:] + 1
 
-    def unfinished(carry):
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
         count, _, _, _, ended, _, _ = carry
         return (count < limits.max_new_tokens) & ~jnp.all(ended)
 
-    def one_token(carry):
+    def one_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         count, cache, token, tokens, ended, lengths, key = carry
         logits, cache = step(cache, token[:, None], next_position + count - 1)
         draw_key, key = jax.random.split(key)

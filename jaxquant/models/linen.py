@@ -64,7 +64,7 @@ class Decoder(nn.Module):
         functional.check_tokens(tokens, config.max_length)
         batch, length = tokens.shape
 
-        start = 0
+        start: Any = 0
         if decode:
             index = self.variable("cache", "index", lambda: jnp.zeros((), jnp.int32))
             filled = self.variable(

@@ -37,6 +37,7 @@ class Decoder(nnx.Module):
             embedding_init=nnx.initializers.normal(config.hidden_size**-0.5),
             rngs=rngs,
         )
+        self.layers: Any  # one stacked Block, or a list of them
         if config.scan_layers:
             self.layers = _stacked_blocks(config, rngs)
         else:

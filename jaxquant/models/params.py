@@ -31,7 +31,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint of `config`, in the model's order."""
     hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
     head_dim, inner = config.head_dim, config.intermediate_size
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "attention_norm.scale": (hidden,),
         "attention.query.kernel": (hidden, heads, head_dim),
         "attention.key.kernel": (hidden, kv_heads, head_dim),
@@ -42,7 +42,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up.kernel": (hidden, inner),
         "mlp.down.kernel": (inner, hidden),
     }
-    shapes = {"embed.embedding": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"embed.embedding": (config.vocab_size, hidden)}
     for i in range(config.num_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["norm.scale"] = (hidden,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from jaxquant.models._optional import require
 
@@ -29,7 +30,7 @@ class Tokenizer:
 
     pad_id, bos_id, eos_id = 0, 1, 2
 
-    def __init__(self, backend) -> None:
+    def __init__(self, backend: Any) -> None:
         """Wraps a `tokenizers.Tokenizer`; most callers want `train` or `load`."""
         for index, token in enumerate(SPECIAL_TOKENS):
             if backend.token_to_id(token) != index:

@@ -20,6 +20,7 @@ import pathlib
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -105,7 +106,14 @@ def optimizer(weight_decay: float) -> optax.GradientTransformation:
 class Run:
     """One training run: its state, its loop, its record."""
 
-    def __init__(self, args, config: DecoderConfig, streams, held_out, work: pathlib.Path) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        config: DecoderConfig,
+        streams: Mapping[str, np.ndarray],
+        held_out: Mapping[str, np.ndarray],
+        work: pathlib.Path,
+    ) -> None:
         self.args, self.config, self.work = args, config, work
         self.model = Decoder(config)
         rows = batches.rows_per_slice(MIX, args.batch_size)
@@ -119,9 +127,12 @@ class Run:
         self.total = args.steps
         self._restore_or_init()
 
-    def _update(self, weights, state, tokens, rate):
-        def loss_fn(weights):
-            return next_token_loss(self.model.apply({"params": weights}, tokens[:, :-1]), tokens)
+    def _update(
+        self, weights: Any, state: Any, tokens: jax.Array, rate: jax.Array
+    ) -> tuple[Any, Any, jax.Array]:
+        def loss_fn(weights: Any) -> jax.Array:
+            logits: Any = self.model.apply({"params": weights}, tokens[:, :-1])
+            return next_token_loss(logits, tokens)
 
         loss, gradients = jax.value_and_grad(loss_fn)(weights)
         updates, state = self.optimizer.update(gradients, state, weights)
@@ -131,7 +142,9 @@ class Run:
         tokens = jnp.zeros((1, 8), jnp.int32)
         self.weights = self.model.init(jax.random.key(self.args.seed), tokens)["params"]
         self.state = self.optimizer.init(self.weights)
-        self.step, self.seconds, self.curve, self.checks = 0, 0.0, [], {}
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, Any]] = []
+        self.checks: dict[str, dict[str, float]] = {}
         path = self.work / "state.npz"
         if not path.exists():
             return
@@ -152,7 +165,7 @@ class Run:
             name: getattr(self, name) for name in ("step", "seconds", "total", "curve", "checks")
         }
         leaves = jax.tree.leaves((self.weights, self.state))
-        arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+        arrays: dict[str, Any] = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
         temporary = self.work / "state.tmp.npz"
         np.savez(temporary, record=np.asarray(json.dumps(record)), **arrays)
         os.replace(temporary, self.work / "state.npz")
