@@ -30,6 +30,7 @@ class Figure:
       target: what there is to reach, in words.
       rows: one mapping a line of the table; the same keys in each.
       met: for every part of the target, whether it was reached.
+      summary: lines for the README's table, each with "figure", "to reach", "jaxquant" and "Qwix".
       notes: what the reader must know: conditions, reasons for a miss, what a peer cannot do.
     """
 
@@ -37,6 +38,7 @@ class Figure:
     target: str
     rows: list[dict[str, Any]]
     met: dict[str, bool] = dataclasses.field(default_factory=dict)
+    summary: list[dict[str, str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
 

@@ -18,9 +18,9 @@ def differences(ours: Any, theirs: Any) -> list[str]:
     Returns:
       Paths, or ["the tree's structure"]; empty if the trees are equal. NaNs are compared as bits.
     """
-    left, left_tree = jax.tree_util.tree_flatten_with_path(ours)
-    right, right_tree = jax.tree_util.tree_flatten_with_path(theirs)
-    if left_tree != right_tree:
+    left, right = (jax.tree_util.tree_leaves_with_path(tree) for tree in (ours, theirs))
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (ours, theirs)]
+    if structures[0] != structures[1]:
         return ["the tree's structure"]
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
