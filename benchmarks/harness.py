@@ -42,6 +42,11 @@ class Figure:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
+def summary_line(figure: str, to_reach: str, jaxquant: str, qwix: str) -> dict[str, str]:
+    """A line of the README's table."""
+    return {"figure": figure, "to reach": to_reach, "jaxquant": jaxquant, "Qwix": qwix}
+
+
 def in_own_process(name: str, quick: bool) -> Figure:
     """Runs the figure `name` in a fresh Python and returns it."""
     command = [sys.executable, "-m", "benchmarks.spine", "--in-process", name]

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 import jaxquant as jq
 from benchmarks import peer_qwix
-from benchmarks.harness import Figure, PeakMemory, directory_bytes
+from benchmarks.harness import Figure, PeakMemory, directory_bytes, summary_line
 from jaxquant.models import shipped
 
 _LIMITS = {"w4a16_g128": 0.28, "w8a16": 0.51, "w2a16": 0.16}
@@ -61,6 +61,15 @@ def sizes(quick: bool) -> Figure:
         target="at most 0.28 (int4 in groups of 128), 0.51 (int8), 0.16 (int2)",
         rows=table,
         met=met,
+        summary=[
+            summary_line(
+                f"bytes against bfloat16, {row['recipe']}: device, disk",
+                f"≤ {row['limit']}",
+                f"{row['device / bfloat16']:.3f}, {row['disk / bfloat16']:.3f}",
+                "",
+            )
+            for row in table[: len(_LIMITS)]
+        ],
         notes=[
             "Device bytes are what the runtime reports for codes and scales "
             "(`on_device_size_in_bytes`); disk bytes are all files of the checkpoint, metadata and "
@@ -128,6 +137,18 @@ def quantizing(quick: bool) -> Figure:
         target="at least 100 MB/s of float input; extra memory at most the result and one layer",
         rows=table,
         met=met,
+        summary=[
+            summary_line(
+                f"int4 of {floats / 4e6:.0f} M parameters: MB/s of float32",
+                "≥ 100",
+                *(f"{row['MB/s of float32 input']:.0f}" for row in table),
+            ),
+            summary_line(
+                "extra memory at the peak (result and one layer), MB",
+                "the number in brackets",
+                *(f"{row['extra peak MB']:.0f} ({row['allowed MB']:.0f})" for row in table),
+            ),
+        ],
         notes=[
             "Extra memory is the growth of the process at its peak (the kernel's high-water "
             "mark, reset before), after one layer of the same shape was quantized to compile the "
