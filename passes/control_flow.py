@@ -16,9 +16,10 @@ import jax
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 from jax.sharding import PartitionSpec
+
 from jaxquant.core import _compat, placement
-from jaxquant.core.primitives import as_dot_policy
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.remat_policy import as_dot_policy
 from jaxquant.passes.interpreter import Context, Rule, Weight, is_weight, register
 
 CONTROL: dict[Primitive, Rule] = {}

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import primitives as jp
+
 from jaxquant.core import _compat
-from jaxquant.core.primitives import refuse_weight_gradient
+from jaxquant.core.primitives.weights import refuse_gradient
 from jaxquant.passes.control_flow import CONTROL
 from jaxquant.passes.interpreter import Context, is_weight, register
 
@@ -50,8 +51,8 @@ def custom_jvp_rule(ctx: Context, ins: list[Any]) -> list[Any]:
             ins, values, jax.tree_util.tree_unflatten(tree, tangents), strict=True
         ):
             if is_weight(original):
-                if any(map(_compat.has_tangent, jax.tree_util.tree_leaves(dot))):
-                    refuse_weight_gradient(original.path)
+                dots_of_parts, parts = jax.tree_util.tree_flatten(dot)
+                refuse_gradient(f"custom_jvp with {original.path!r}", parts, dots_of_parts)
                 dot = SymbolicZero(jax.typeof(value).to_tangent_aval())
             dots.append(dot if symbolic else _instantiate(dot))
         outs = list(user_jvp.call_wrapped(*values, *dots))

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import jax
 from jax.extend.core import Literal, Primitive
+
 from jaxquant.core import _compat
 from jaxquant.core.structure import Unstructured
 
@@ -63,12 +64,20 @@ class Context:
       eqn: the equation.
       site: its place: equation index, then sub-jaxpr number and equation index at each nesting.
       names: scope names of the equation, outermost first, those of enclosing calls included.
+      outer: context of the enclosing call, if any.
     """
 
     interpreter: Interpreter
     eqn: Any
     site: Site
     names: tuple[str, ...]
+    outer: Context | None = None
+
+    @property
+    def source(self) -> str:
+        """The user's source line: the equation's own, or that of the call around it."""
+        own = _compat.source_line(self.eqn)
+        return own if own or self.outer is None else self.outer.source
 
     @property
     def params(self) -> dict[str, Any]:
@@ -78,7 +87,7 @@ class Context:
     def run(self, sub: int, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """Evaluates sub-jaxpr number ``sub`` of this equation with the same interpreter."""
         inner, consts = _compat.open_jaxpr(jaxpr)
-        return self.interpreter.run(inner, consts, args, (*self.site, sub), self.names)
+        return self.interpreter.run(inner, consts, args, outer=self, sub=sub)
 
     def float(self, value: Any, reason: str) -> Any:
         """The array that a weight stands for; reported, or an error where that is strict."""
@@ -135,10 +144,21 @@ class Interpreter:
         jaxpr: Any,
         consts: Sequence[Any],
         args: Sequence[Any],
-        site: Site = (),
-        names: tuple[str, ...] = (),
+        *,
+        outer: Context | None = None,
+        sub: int = 0,
     ) -> list[Any]:
-        """Evaluates an open jaxpr; inputs and outputs are arrays or `Weight`s."""
+        """Evaluates an open jaxpr; inputs and outputs are arrays or `Weight`s.
+
+        Args:
+          jaxpr: the open jaxpr.
+          consts: values of its constants.
+          args: values of its inputs.
+          outer: context of the equation whose sub-jaxpr it is; None at the top.
+          sub: number of the sub-jaxpr in that equation.
+        """
+        site = () if outer is None else (*outer.site, sub)
+        names = () if outer is None else outer.names
         env: dict[Any, Any] = {}
 
         def read(atom: Any) -> Any:
@@ -149,7 +169,8 @@ class Interpreter:
         for index, eqn in enumerate(jaxpr.eqns):
             ins = [read(atom) for atom in eqn.invars]
             with _compat.equation_context(eqn):
-                ctx = Context(self, eqn, (*site, index), names + _compat.name_stack_names(eqn))
+                own_names = _compat.name_stack_names(eqn)
+                ctx = Context(self, eqn, (*site, index), names + own_names, outer)
                 outs = self._evaluate(ctx, ins)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]

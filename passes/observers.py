@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 from jax.sharding import PartitionSpec
+
 from jaxquant.core import _compat
 from jaxquant.core.structure import Unstructured
 from jaxquant.passes.control_flow import merge_fixed, separate_invariant

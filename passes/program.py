@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from jaxquant.core.names import path_string
 
 

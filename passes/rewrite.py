@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
+
 from jaxquant.core import _compat, placement, primitives, structure
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.recipe import Rule as RecipeRule
@@ -102,8 +103,14 @@ class Rewriter(Interpreter):
         rule = rule_for(self._op_rules, ctx.names)
         if rule is None or rule.act is None:
             return None
-        lhs, rhs = ins
-        out = primitives.quantized_attention_dot(lhs, rhs, act=rule.act, **ctx.params)
+        p = ctx.params
+        out = primitives.quantized_attention_dot(
+            *ins,
+            p["dimension_numbers"],
+            rule.act,
+            precision=p["precision"],
+            preferred_element_type=p["preferred_element_type"],
+        )
         self.report(ctx, "", "quantized", "xla: int8 dot", "a rule names attention products")
         return [out]
 
@@ -114,7 +121,7 @@ class Rewriter(Interpreter):
         if self._strict:
             raise StrictError(
                 f"strict=True: parameter {weight.path!r} would be dequantized at "
-                f"{_compat.source_line(ctx.eqn)}: {reason}"
+                f"{ctx.source}: {reason}"
             )
         self.report(ctx, weight.path, "dequantized", "dequantize", reason)
         return primitives.dequantize(weight.value)
@@ -135,7 +142,7 @@ class Rewriter(Interpreter):
             self._on_event(
                 Event(
                     ctx.site, ctx.names, str(ctx.eqn.primitive), path, action, lowering,
-                    reason, _compat.source_line(ctx.eqn),
+                    reason, ctx.source,
                 )
             )  # fmt: skip
 
@@ -342,8 +349,8 @@ def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
     if is_weight(x) or not is_weight(weight):
         raise Unstructured("a weight is the input of a convolution")
     _require_float(x)
-    out = primitives.quantized_conv_general_dilated(x, weight.value, **ctx.params)
-    name, reason = primitives.describe_conv_lowering(x, weight.value, **ctx.params)
+    out = primitives.bind_conv(x, weight.value, **ctx.params)
+    name, reason = primitives.describe_conv(weight.value, ctx.params["dimension_numbers"])
     _report(ctx, weight, name, reason)
     return [_as(out, ctx)]
 
@@ -354,8 +361,8 @@ def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
     if is_weight(x) or not is_weight(weight):
         raise Unstructured("a weight is the left side of a ragged dot")
     _require_float(x)
-    out = primitives.quantized_ragged_dot_general(x, weight.value, group_sizes, **ctx.params)
-    name, reason = primitives.describe_ragged_lowering(x, weight.value, **ctx.params)
+    out = primitives.bind_ragged_dot(x, weight.value, group_sizes, **ctx.params)
+    name, reason = primitives.describe_ragged_dot(weight.value)
     _report(ctx, weight, name, reason)
     return [_as(out, ctx)]
 

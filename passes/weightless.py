@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import primitives as jp
+
 from jaxquant.core.names import innermost_module
 from jaxquant.core.recipe import Rule
 
