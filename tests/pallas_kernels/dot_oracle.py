@@ -36,13 +36,21 @@ def problems(draw: Any, zero_points: bool = True, limit: int = 7) -> Problem:
     w_order = draw(st.permutations(range(len(batch) + len(contract) + len(w_free))))
     x_sizes, w_sizes = batch + contract + x_free, batch + contract + w_free
     # Axis i of the canonical order (batch, contract, free) lies at position order.index(i).
-    x_at, w_at = list(map(x_order.index, range(len(x_sizes)))), list(map(w_order.index, range(len(w_sizes))))
+    x_at, w_at = (
+        list(map(x_order.index, range(len(x_sizes)))),
+        list(map(w_order.index, range(len(w_sizes)))),
+    )
     nb, nc = len(batch), len(contract)
-    pairs = ((tuple(x_at[nb : nb + nc]), tuple(w_at[nb : nb + nc])), (tuple(x_at[:nb]), tuple(w_at[:nb])))
+    pairs = (
+        (tuple(x_at[nb : nb + nc]), tuple(w_at[nb : nb + nc])),
+        (tuple(x_at[:nb]), tuple(w_at[:nb])),
+    )
     if side == "lhs":
         pairs = tuple((b, a) for a, b in pairs)
     w_shape = [w_sizes[i] for i in w_order]
-    scale_shape = [draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])) for n in w_shape]
+    scale_shape = [
+        draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])) for n in w_shape
+    ]
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     scale = rng.uniform(0.5, 2.0, scale_shape).astype(np.float32)
     zero_point = None

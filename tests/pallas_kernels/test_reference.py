@@ -3,14 +3,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
-from jaxquant.pallas_kernels.dot_axes import DotAxes
-from jaxquant.pallas_kernels.dot_method import DotMethod, choose_dot
 from tests.pallas_kernels import dot_oracle as oracle
 
 

@@ -27,7 +27,11 @@ from jaxquant.core.qtensor import QTensor
 
 
 def make_linear_primitive(
-    name: str, float_primitive: Any, compute: Callable[..., jax.Array]
+    name: str,
+    float_primitive: Any,
+    compute: Callable[..., jax.Array],
+    *,
+    batch_together: bool = False,
 ) -> Any:
     """A primitive over `(x, *leaves of w, *extras)`.
 
@@ -36,10 +40,11 @@ def make_linear_primitive(
       float_primitive: the primitive of `(x, w, *extras)` that it stands for; has the same
         parameters.
       compute: `(x, w, *extras, **parameters)` to the result, linear in x.
+      batch_together: vmap gives every operand a leading batch axis before it batches `compute`.
+        JAX's ragged dot can be batched in no other way.
 
     Returns:
-      The primitive, with all rules but one for vmap over x alone, which keeps it as it is: that
-      is the caller's to register. Other batching inlines `compute`.
+      The primitive with all its rules. Batching inlines `compute`.
     """
     primitive = _compat.make_primitive(name)
 
@@ -72,6 +77,10 @@ def make_linear_primitive(
         x, *leaves = args
         x_dim, *leaf_dims = dims
         leaves, leaf_dims = _equalize(tree, leaves, leaf_dims, axis_data.size)
+        if batch_together:
+            pairs = zip((x, *leaves), (x_dim, *leaf_dims), strict=True)
+            x, *leaves = (_leading(part, dim, axis_data.size) for part, dim in pairs)
+            x_dim, leaf_dims = 0, [0] * len(leaves)
         fn = functools.partial(flat, tree=tree, **params)
         return jax.vmap(fn, (x_dim, *leaf_dims), axis_size=axis_data.size)(x, *leaves), 0
 
@@ -116,7 +125,13 @@ def _equalize(tree: Any, leaves: Any, dims: Any, size: int) -> tuple[list[Any], 
     pairs, w_tree = jax.tree.flatten(w, is_leaf=lambda t: type(t) is tuple)
     if any(dim is not None for _, dim in pairs):
         w = batch_in_front(w_tree, *zip(*pairs, strict=True), size)
-        parts = [jnp.broadcast_to(p, (size, *p.shape[1:])) for p in jax.tree.leaves(w)]
-        pairs = [(p, 0) for p in parts]
+        pairs = [(jnp.broadcast_to(p, (size, *p.shape[1:])), 0) for p in jax.tree.leaves(w)]
     pairs = [*pairs, *extras]
     return [p for p, _ in pairs], [d for _, d in pairs]
+
+
+def _leading(part: jax.Array, dim: int | None, size: int) -> jax.Array:
+    """The part with its batch axis in front; broadcast, if it has none."""
+    if dim is None:
+        return jnp.broadcast_to(part, (size, *part.shape))
+    return jnp.moveaxis(part, dim, 0)

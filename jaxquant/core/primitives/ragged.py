@@ -92,5 +92,5 @@ def _compute(
 
 
 quantized_ragged_dot_p = make_linear_primitive(
-    "quantized_ragged_dot", _compat.ragged_dot_general_p, _compute
+    "quantized_ragged_dot", _compat.ragged_dot_general_p, _compute, batch_together=True
 )
