@@ -77,6 +77,7 @@ class Reader:
             return self._read_values(batch, outputs if array is None else array, where)
         logits = _flat(array)
         rows, positions = logits.shape[:2]
+        _require_rows(rows * positions, where)
         lead = tuple(array.shape[:-1])
         tokens = find_tokens(call, lead) if kind == "tokens" else None
         tokens = None if tokens is None else np.asarray(tokens).astype(np.int32).reshape(rows, -1)
@@ -158,9 +159,15 @@ class Reader:
         leads = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
         rows = leads.pop() if len(leads) == 1 else None
         rows = 1 if rows is None else rows
+        _require_rows(rows, where)
         leaves = tuple(_rowed(leaf, rows) for leaf in leaves)
         mask = self._mask(batch, (rows,), rows, 1, where)
         return Reading(rows, None, leaves, np.full((rows, 1), -1, np.int32), mask, None)
+
+
+def _require_rows(rows: int, where: str) -> None:
+    if not rows:
+        raise ValueError(f"{where}: the batch is empty: the outputs have no row")
 
 
 def _float_leaves(outputs: Any) -> tuple[jax.Array, ...]:

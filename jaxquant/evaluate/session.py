@@ -66,7 +66,7 @@ class Session:
         for index, batch in enumerate(batches):
             self._run_batch(scores, batch, index, f"slice {name!r}, batch {index}")
         if not scores[self.floating.name].rows:
-            raise ValueError(f"slice {name!r} is empty: it has no example")
+            raise ValueError(f"slice {name!r} is empty: it has no batch")
         if not scores[self.floating.name].positions:
             raise ValueError(f"slice {name!r} is empty: the mask leaves no position")
         for recipe, gathered in scores.items():
