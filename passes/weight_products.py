@@ -77,13 +77,17 @@ def _ragged_dot(step: Step, ins: Values) -> Values:
 # --- calls, loops and branches -------------------------------------------------------------------
 
 
-@register(
-    STRUCTURE, jp.jit_p, jp.remat_p, jp.closed_call_p, jp.call_p, jp.custom_jvp_call_p,
-    jp.custom_vjp_call_p,
-)  # fmt: skip
+@register(STRUCTURE, jp.jit_p, jp.remat_p, jp.closed_call_p, jp.call_p)
 def _call(step: Step, ins: Values) -> Values:
     params = step.params
     return step.enter(0, params["call_jaxpr"] if "call_jaxpr" in params else params["jaxpr"], ins)
+
+
+@register(STRUCTURE, jp.custom_jvp_call_p, jp.custom_vjp_call_p)
+def _custom_derivative(step: Step, ins: Values) -> Values:
+    outs = step.enter(0, step.params["call_jaxpr"], ins)
+    step.end(outs, f"leaves {step.eqn.primitive} as a value")
+    return [None] * len(outs)
 
 
 def _loop(step: Step, sub: int, body: Any, consts: Values, carry: Values, xs: Values) -> Values:

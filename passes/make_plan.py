@@ -1,0 +1,198 @@
+"""`make_plan`: runs the rewriter on shapes and says for each operation what it will be and why.
+
+The lowering column is what the rewriter itself reports when it is given the quantized tree as
+avals, so a plan cannot differ from what runs. Called by `jaxquant.algorithms.explain`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core import _compat
+from jaxquant.core.recipe import Rule
+from jaxquant.passes.abstract_weights import abstract_weight
+from jaxquant.passes.assign_recipe import Assignment, ParamPlan
+from jaxquant.passes.interpreter import Weight
+from jaxquant.passes.op_use import OpUse, Site
+from jaxquant.passes.plan import Plan, PlanRow, Status
+from jaxquant.passes.program import Program
+from jaxquant.passes.rewrite import Event, Rewriter
+
+Events = dict[tuple[Site, str], Event]
+
+
+def make_plan(program: Program, assignment: Assignment, notes: Sequence[str] = ()) -> Plan:
+    """The plan of a program under a recipe.
+
+    Args:
+      program: the float program.
+      assignment: from `assign_recipe`.
+      notes: remarks that the plan should carry.
+    """
+    weights = {p.path: abstract_weight(p, assignment.op_rules) for p in assignment.quantized}
+    events = _rewrite(program, weights, assignment.op_rules)
+    sizes = {
+        path: (_float_bytes(plan), weights[path].nbytes if path in weights else _float_bytes(plan))
+        for path, plan in assignment.params.items()
+    }
+    rows: list[PlanRow] = []
+    listed: set[str] = set()
+    for use, rule in zip(assignment.uses, assignment.rules, strict=True):
+        if use.param is None:
+            rows.append(_weightless_row(use, rule, events, assignment))
+            continue
+        plan = assignment.params[use.param]
+        if use.primitive == "other" and (plan.scheme is None or use.param not in weights):
+            continue  # said once for the parameter, below
+        rows.append(_row(use, rule, plan, events, sizes[use.param], use.param not in listed))
+        listed.add(use.param)
+    rows += [
+        _unused_row(p, sizes[p.path]) for p in assignment.params.values() if p.path not in listed
+    ]
+    if not weights:
+        notes = [*notes, "nothing is quantized: every row says why"]
+    return Plan(assignment.recipe.name, tuple(rows), tuple(notes))
+
+
+def _rewrite(program: Program, weights: dict[str, Any], op_rules: Sequence[Rule]) -> Events:
+    """What the rewriter decides, by place and parameter."""
+    events: Events = {}
+
+    def record(event: Event) -> None:
+        for path in event.path.split(","):
+            known = events.get((event.site, path))
+            # A site that is once dequantized is not what the plan may call quantized.
+            if known is None or known.action == "quantized":
+                events[event.site, path] = event
+
+    if not weights:
+        return events
+    jaxpr, consts = _compat.open_jaxpr(program.jaxpr)
+    inputs = [
+        Weight(weights[path], path) if path in weights else _struct(var.aval)
+        for path, var in zip(program.paths, jaxpr.invars, strict=True)
+    ]
+    rewriter = Rewriter(on_event=record, op_rules=op_rules)
+    jax.eval_shape(lambda values: rewriter.run(jaxpr, consts, values), inputs)
+    return events
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _float_bytes(plan: ParamPlan) -> int:
+    if jnp.issubdtype(plan.dtype, jax.dtypes.extended):
+        return 0  # random keys: no storage that a plan could speak of
+    return math.prod(plan.shape) * jnp.dtype(plan.dtype).itemsize
+
+
+def _row(
+    use: OpUse,
+    rule: Rule | None,
+    plan: ParamPlan,
+    events: Events,
+    sizes: tuple[int, int],
+    first: bool,
+) -> PlanRow:
+    event = events.get((use.site, plan.path))
+    status: Status = "float"
+    reason, lowering, why = plan.reason, "", ""
+    if plan.scheme is not None:
+        status, reason = _outcome(use, event)
+        lowering, why = (event.lowering, event.reason) if event else ("", "")
+        reason = "; ".join([*([reason] if reason else []), *(plan.notes if first else ())])
+    decided = plan.rule if plan.scheme is not None else rule
+    return PlanRow(
+        path=use.module or _module(plan.path),
+        cls=use.cls,
+        kind=use.kind,
+        param=plan.path,
+        param_shape=plan.shape,
+        x_shape=_shape(use.x),
+        out_shape=_shape(use.out),
+        rule=str(decided) if decided is not None else "",
+        qtype=plan.scheme.qtype if plan.scheme else None,
+        granularity=plan.scheme.granularity if plan.scheme else None,
+        weight=str(plan.scheme) if plan.scheme else "",
+        block_shape=plan.block_shape,
+        act=str(plan.act) if plan.act and use.is_product else "",
+        status=status,
+        lowering=lowering,
+        why=why,
+        reason=reason,
+        bytes_before=sizes[0],
+        bytes_after=sizes[1],
+        counts=first,
+        source=use.source,
+    )
+
+
+def _outcome(use: OpUse, event: Event | None) -> tuple[Status, str]:
+    if use.primitive == "other":
+        return "dequantized", use.detail
+    if event is None:
+        return "quantized", "not reached when the call is rewritten"
+    if event.action == "dequantized":
+        return "dequantized", event.reason
+    return "quantized", ""
+
+
+def _weightless_row(
+    use: OpUse, rule: Rule | None, events: Events, assignment: Assignment
+) -> PlanRow:
+    event = events.get((use.site, ""))
+    if event is not None:
+        reason = ""
+    elif rule is not None and rule.act is not None:
+        reason = "a rule names it, but nothing in the tree is quantized"
+    elif rule is not None:
+        reason = f"{rule} skips it"
+    elif use.kind == "attention":
+        reason = "a product of two activations; only a rule with op='attention' names it"
+    else:
+        reason = "a product of two activations"
+    return PlanRow(
+        path=use.module or "",
+        cls=use.cls,
+        kind=use.kind,
+        x_shape=_shape(use.x),
+        out_shape=_shape(use.out),
+        rule=str(rule) if rule is not None else "",
+        act=str(rule.act) if event and rule else "",
+        status="quantized" if event else "float",
+        lowering=event.lowering if event else "",
+        why=event.reason if event else "",
+        reason=reason,
+        source=use.source,
+    )
+
+
+def _unused_row(plan: ParamPlan, sizes: tuple[int, int]) -> PlanRow:
+    use = plan.uses[0] if plan.uses else None
+    return PlanRow(
+        path=(use.module if use else None) or _module(plan.path),
+        cls=use.cls if use else None,
+        kind="other",
+        param=plan.path,
+        param_shape=plan.shape,
+        status="float",
+        reason=plan.reason,
+        bytes_before=sizes[0],
+        bytes_after=sizes[1],
+        counts=True,
+        source=use.source if use else "",
+    )
+
+
+def _module(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _shape(struct: Any) -> tuple[int, ...] | None:
+    return None if struct is None else tuple(struct.shape)
