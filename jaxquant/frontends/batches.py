@@ -1,4 +1,4 @@
-"""A batch as the user gives it: one array, a tuple of positional arguments, or keyword arguments."""
+"""A batch as users give it: one array, a tuple of positional arguments, or keyword arguments."""
 
 from __future__ import annotations
 

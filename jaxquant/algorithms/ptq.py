@@ -1,0 +1,143 @@
+"""`jq.ptq`: post-training quantization of a whole model.
+
+Trace the float model, find its weights, let the recipe decide, calibrate what is static, quantize
+leaf by leaf. The steps are the passes' and the algorithms'; this file only puts them in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxquant.algorithms import calibrate
+from jaxquant.algorithms.calibrate import Call
+from jaxquant.algorithms.progress import track
+from jaxquant.algorithms.rtn import quantize_weight
+from jaxquant.core import placement
+from jaxquant.core.qtensor import QTensor, is_qtensor
+from jaxquant.core.recipe import Recipe, get_recipe
+from jaxquant.frontends import describe
+from jaxquant.frontends.batches import call_arguments
+from jaxquant.passes.assign_recipe import Assignment, ParamPlan, assign_recipe
+from jaxquant.passes.find_weights import find_weights
+from jaxquant.passes.program import trace
+
+
+def ptq(
+    model: Any,
+    *args: Any,
+    recipe: str | Recipe | None = None,
+    calibration: Iterable[Any] | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Quantizes a model's weights after training.
+
+    Args:
+      model: a decorated Flax module instance or function (see `jaxquant.quantize`).
+      *args: Linen: the variables, then the model's own arguments as the example to trace.
+        Function: its parameters, then its other arguments. NNX: the example arguments only. The
+        parameters may be `jax.ShapeDtypeStruct`s: then so are the results, and nothing is
+        computed. Where ``calibration`` is given its first batch can be the example.
+      recipe: a preset's name or a `Recipe`, in the place of the decorator's.
+      calibration: batches for static activation ranges: each is an array, a tuple of positional
+        arguments or a mapping of keyword arguments. Read once, one batch at a time.
+      progress: show a progress bar on a terminal.
+      **kwargs: keyword arguments of the model, part of the example and of each batch.
+
+    Returns:
+      The variables (parameters, NNX module) with `QTensor`s in the place of the quantized
+      weights; everything else is the very object it was. Sharded weights stay sharded. Peak
+      memory is the float tree, the result, and about one layer.
+
+    Raises:
+      ValueError: a rule matches nothing, a group size does not divide, a weight is not finite, a
+        static range lacks calibration, or the tree is quantized already.
+    """
+    adapter = describe(model)
+    variables, args = (None, args) if adapter.kind == "nnx" else (args[:1], args[1:])
+    fn, tree = adapter.pure(variables[0] if variables else None)
+    paths = adapter.param_paths(tree)
+    leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_qtensor)
+    _refuse_quantized(paths, leaves)
+    calls = _calls(calibration, kwargs)
+    first = next(calls, None)
+    example = (args, kwargs) if args or first is None else first
+    chosen = adapter.recipe if recipe is None else get_recipe(recipe)
+    program = trace(fn, tree, *example, paths)
+    assignment = assign_recipe(find_weights(program), program.parameters, chosen)
+    batches = () if first is None else itertools.chain([first], calls)
+    scales = _input_scales(fn, tree, paths, batches, assignment)
+    todo = [i for i, path in enumerate(paths) if path in program.parameters]
+    todo = [i for i in todo if assignment.params[str(paths[i])].scheme is not None]
+    for i in track(todo, "quantizing", show=progress):
+        plan = assignment.params[str(paths[i])]
+        extra = {"act": plan.act, "op_rules": assignment.op_rules}
+        leaves[i] = _quantize(leaves[i], plan).replace(input_scale=scales.get(plan.path), **extra)
+    return adapter.with_tree(jax.tree_util.tree_unflatten(treedef, leaves))
+
+
+def _refuse_quantized(paths: Sequence[str | None], leaves: Sequence[Any]) -> None:
+    done = [path for path, leaf in zip(paths, leaves, strict=True) if is_qtensor(leaf)]
+    if done:
+        raise ValueError(
+            f"{done[0]!r} is a QTensor already ({len(done)} in all): ptq takes the float tree"
+        )
+
+
+def _calls(calibration: Iterable[Any] | None, kwargs: dict[str, Any]) -> Iterator[Call]:
+    for number, batch in enumerate(() if calibration is None else calibration):
+        args, own = call_arguments(batch, f"calibration batch {number}")
+        yield args, {**kwargs, **own}
+
+
+def _input_scales(
+    fn: Any, tree: Any, paths: Sequence[str | None], calls: Iterable[Call], assignment: Assignment
+) -> dict[str, Any]:
+    """The static activation scale of each parameter whose scheme wants one."""
+    plans = [p for p in assignment.quantized if p.act is not None and p.act.mode == "static"]
+    if not plans:
+        return {}
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree_util.tree_leaves(tree)):
+        return {p.path: _abstract_input_scale(p) for p in plans}
+    statistics = {p.path: calibrate.statistic_for(p.act) for p in plans}
+    stats = calibrate.collect(fn, tree, paths, calls, statistics)
+    unseen = [p.path for p in plans if p.path not in stats]
+    if unseen:
+        raise ValueError(f"no calibration batch reaches the product that {unseen[0]!r} is used in")
+    return {
+        p.path: calibrate.input_scale(
+            stats[p.path], statistics[p.path], p.act, p.shape, p.layer_axes
+        )
+        for p in plans
+    }
+
+
+def _abstract_input_scale(plan: ParamPlan) -> jax.ShapeDtypeStruct:
+    sizes = [n if axis in plan.layer_axes else 1 for axis, n in enumerate(plan.shape)]
+    return jax.ShapeDtypeStruct(tuple(sizes), jnp.float32)
+
+
+def _quantize(leaf: Any, plan: ParamPlan) -> QTensor:
+    """Quantizes one leaf, or says what it would become where only its shape is known."""
+
+    def run(w: Any) -> QTensor:
+        return quantize_weight(
+            w, plan.scheme, plan.block_shape, packed_axis=plan.packed_axis, name=plan.path
+        )
+
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.block_until_ready(run(leaf))  # one layer at a time: bounds the peak memory
+    abstract = jax.eval_shape(run, leaf)
+    if not isinstance(leaf.sharding, NamedSharding):
+        return abstract
+    return jax.tree_util.tree_map(
+        lambda part, sharding: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding),
+        abstract,
+        placement.part_shardings(abstract, leaf.sharding),
+    )
