@@ -121,7 +121,7 @@ def _row(
         granularity=plan.scheme.granularity if plan.scheme else None,
         weight=str(plan.scheme) if plan.scheme else "",
         block_shape=plan.block_shape,
-        act=str(plan.act) if plan.act and use.is_product else "",
+        act=str(plan.act) if plan.act and use.primitive == "dot_general" else "",
         status=status,
         lowering=lowering,
         why=why,

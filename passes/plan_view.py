@@ -117,7 +117,7 @@ def _left_float(rows: Sequence[PlanRow]) -> Table:
     table = _table("left float because", "bytes", "parameters or ops")
     for reason, group in groups.items():
         size = sum(r.bytes_before for r in group if r.counts)
-        names = [name for name, _ in _grouped(group)]
+        names = list(dict.fromkeys(name for name, _ in _grouped(group)))
         more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         table.add_row(
             _short(reason),

@@ -1,0 +1,52 @@
+"""`jq.explain`: what a recipe would make of a model, before anything is spent.
+
+Traces the float model on shapes, applies the recipe and runs the rewriter on avals. No weight is
+read and no device memory is used, so a model may be explained from `jax.eval_shape` of its init.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxquant.algorithms.planning import assign
+from jaxquant.core.qtensor import is_qtensor
+from jaxquant.core.recipe import Recipe, get_recipe
+from jaxquant.frontends import describe, quantize
+from jaxquant.frontends.marks import recipe_of
+from jaxquant.passes.make_plan import make_plan
+from jaxquant.passes.plan import Plan
+
+
+def explain(model: Any, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> Plan:
+    """The plan for a model: for every operation what it will be, and why.
+
+    Args:
+      model: a Linen or NNX module instance, or a function; decorated or not.
+      *args: Linen: the variables, then the model's own arguments as the example to trace.
+        Function: its parameters, then its other arguments. NNX: the example arguments only.
+        Arrays and `jax.ShapeDtypeStruct`s may be mixed.
+      recipe: a preset's name or a `Recipe`. When None, the decorator's; without one, "w8a8".
+      **kwargs: keyword arguments of the model, such as ``rngs``, ``mutable``, ``train``.
+
+    Returns:
+      The `Plan`: print it, or take its ``rows``, ``totals`` and ``to_json()``.
+
+    Raises:
+      ValueError: an unknown preset, a rule that matches nothing, or a group size that does not
+        divide (the message says what would do); or the tree is quantized already.
+    """
+    if recipe is not None:
+        recipe = get_recipe(recipe)
+    if recipe_of(model) is None:
+        model = quantize(recipe)(model)
+    adapter = describe(model)
+    variables, rest = (None, args) if adapter.kind == "nnx" else (args[0], args[1:])
+    fn, tree = adapter.pure(variables)
+    if any(map(is_qtensor, jax.tree_util.tree_leaves(tree, is_leaf=is_qtensor))):
+        raise ValueError("explain takes the float tree; this one is quantized already")
+    program, assignment = assign(
+        fn, tree, adapter.param_paths(tree), (rest, kwargs), recipe or adapter.recipe
+    )
+    return make_plan(program, assignment, adapter.notes)
