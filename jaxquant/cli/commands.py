@@ -22,8 +22,10 @@ def explain(args: argparse.Namespace) -> Outcome:
     """`jaxquant explain`: the plan of a recipe."""
     recipe = target.recipe(args.recipe)
     chosen = target.load(args.model, args.checkpoint, shapes_only=True)
-    plan = jq.explain(chosen.quantizable(recipe), *chosen.arguments, strict=args.strict)
-    return Outcome(data=plan.to_json(), shown=(plan,))
+    plan = jq.explain(chosen.quantizable(recipe), *chosen.arguments)
+    loose = plan.where(status="dequantized") if args.strict else []
+    failures = tuple(f"{row.param} is dequantized before use: {row.reason}" for row in loose)
+    return Outcome(data=plan.to_json(), shown=(plan,), failures=failures)
 
 
 def quantize(args: argparse.Namespace) -> Outcome:

@@ -16,6 +16,7 @@ from jaxquant.cli.errors import FAILED, USAGE, UsageError
 from jaxquant.cli.outcome import Outcome
 from jaxquant.cli.parser import build_parser
 
+_PLAIN_WIDTH = 120  # of tables in files and pipes, which have no width of their own
 _MODULES = {
     "demo": "jaxquant.cli.demo",
     "explain": "jaxquant.cli.commands",
@@ -64,7 +65,7 @@ def _print(args: argparse.Namespace, outcome: Outcome) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     for item in outcome.shown:
         console.print(item, highlight=False, markup=False) if isinstance(item, str) else (
             console.print(item)

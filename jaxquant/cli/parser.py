@@ -92,7 +92,7 @@ def _explain(commands: argparse._SubParsersAction) -> None:
     )
     _recipe(command)
     command.add_argument(
-        "--strict", action="store_true", help="fail if an op with a weight stays float unasked"
+        "--strict", action="store_true", help="fail if a quantized weight is dequantized before use"
     )
 
 
