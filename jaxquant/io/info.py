@@ -136,7 +136,7 @@ def make_info(
         )
     try:
         recipe = None if manifest.recipe is None else Recipe.from_json(manifest.recipe)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{where}: malformed recipe: {error}") from error
     return CheckpointInfo(
         path=where,

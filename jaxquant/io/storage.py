@@ -7,6 +7,7 @@ on disk are made here, never read from metadata, so no checkpoint can point outs
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -112,17 +113,55 @@ def read_arrays(
                 sharding=sharding, global_shape=record.shape, strict=True
             )
     args = ocp.args.PyTreeRestore(item=dict.fromkeys(restore_args, 0), restore_args=restore_args)
+    failures: list[Exception] = []
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, _PatientArrayHandler(failures)), (np.ndarray, _PatientNumpyHandler(failures))
+    )
     try:
-        with _quiet(), contextlib.closing(_checkpointer()) as checkpointer:
-            found = checkpointer.restore(_path(path), ocp.args.Composite(**{ARRAYS: args}))
-            arrays = [found[ARRAYS][name] for name in restore_args]
-            jax.block_until_ready(arrays)
+        with _quiet(), contextlib.closing(_checkpointer(registry)) as checkpointer:
+            found = checkpointer.restore(_path(path), ocp.args.Composite(**{ARRAYS: args}))[ARRAYS]
+            jax.block_until_ready(found)
+        if failures:
+            raise failures[0]
     except MemoryError:
         raise
     except Exception as error:
         # Cut or altered files surface as many types, from Orbax, its storage and Python.
-        raise CheckpointError(f"{path}: cannot read its arrays: {_first_lines(error)}") from error
-    return arrays
+        text = str(error) or type(error).__name__
+        text = text if len(text) <= 500 else text[:500] + " ..."
+        raise CheckpointError(f"{path}: cannot read its arrays: {text}") from error
+    return [found[name] for name in restore_args]
+
+
+class _Patient:
+    """Mixed into a type handler: where one read fails, waits for the others before it tells.
+
+    Orbax lets a failure through while other reads are running, and closes its event loop under
+    them; each then prints a traceback of its own, some time later. So failures are kept until all
+    reads have ended, and placeholders are returned.
+    """
+
+    def __init__(self, failures: list[Exception]) -> None:
+        super().__init__()
+        self._failures = failures
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        """As the handler's own, but never raises."""
+        before = asyncio.all_tasks()
+        try:
+            return await super().deserialize(infos, args)  # type: ignore[misc]
+        except Exception as error:  # noqa: BLE001 -- raised by `read_arrays`
+            self._failures.append(error)
+            await asyncio.gather(*asyncio.all_tasks() - before, return_exceptions=True)
+            return [np.zeros(())] * len(infos)
+
+
+class _PatientArrayHandler(_Patient, ocp.type_handlers.ArrayHandler):
+    """Reads jax arrays."""
+
+
+class _PatientNumpyHandler(_Patient, ocp.type_handlers.NumpyHandler):
+    """Reads numpy arrays."""
 
 
 def disk_bytes(path: str) -> int:
@@ -169,18 +208,14 @@ def _replace(final: epath.Path, new: epath.Path) -> None:
         multihost_utils.sync_global_devices(f"jaxquant save {final}")
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(registry: Any = None) -> ocp.Checkpointer:
     """Checkpointer with every setting that decides the format given, not left to defaults."""
-    return ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(
-            **{
-                ARRAYS: ocp.PyTreeCheckpointHandler(
-                    use_ocdbt=True, use_zarr3=False, use_compression=True
-                ),
-                MANIFEST: ocp.JsonCheckpointHandler(),
-            }
-        )
+    handlers = {} if registry is None else {"type_handler_registry": registry}
+    arrays = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=False, use_compression=True, **handlers
     )
+    items = {ARRAYS: arrays, MANIFEST: ocp.JsonCheckpointHandler()}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items))
 
 
 def _name(number: int) -> str:
@@ -199,14 +234,9 @@ def _tree_bytes(root: epath.Path) -> int:
     return sum(_tree_bytes(child) for child in root.iterdir())
 
 
-def _first_lines(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    return text if len(text) <= 500 else text[:500] + " ..."
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's log lines below errors from the user's terminal."""
+    """Keeps Orbax's log lines off the user's terminal; what matters is raised."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
