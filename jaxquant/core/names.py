@@ -32,12 +32,13 @@ def path_string(keypath: Iterable[Any]) -> str:
     Returns:
       The keys joined by ``/``. Linen's leading ``params`` collection is dropped, other
       collections (``batch_stats``, ``cache``) stay; a trailing ``.value`` of a box (an
-      `nn.Partitioned`, an `nnx.Variable`) is dropped. The empty path is ``""``.
+      `nn.Partitioned`, an `nnx.Variable`) is dropped, and so are empty keys. The empty path is
+      ``""``.
     """
     keys = list(keypath)
     while keys and _is_box_attribute(keys[-1]):
         keys.pop()
-    parts = [str(_plain_key(key)) for key in keys]
+    parts = [part for part in (str(_plain_key(key)) for key in keys) if part]
     if len(parts) > 1 and parts[0] == "params":
         parts = parts[1:]
     return "/".join(parts)

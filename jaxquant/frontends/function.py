@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jaxquant.core import _compat
 from jaxquant.core.names import path_string
 from jaxquant.core.qtensor import is_qtensor
+from jaxquant.passes.forwarding import forwarded_inputs
 from jaxquant.passes.interpreter import Weight, is_weight
 from jaxquant.passes.program import is_traceable
 from jaxquant.passes.rewrite import Event, Rewriter
@@ -137,10 +138,9 @@ def _run(fn: Callable[..., Any], tree: Any, leaves: list[Any], rewriter: Rewrite
     inputs = [Weight(leaves[i], paths[i]) if is_qtensor(leaves[i]) else leaves[i] for i in dynamic]
     jaxpr, consts = _compat.open_jaxpr(closed)
     outs = rewriter.run(jaxpr, consts, inputs)
-    same = {id(v): x for v, x in zip(jaxpr.invars, inputs, strict=True)}
     arrays = [
-        _returned(rewriter, jaxpr, out, same.get(id(v)))
-        for v, out in zip(jaxpr.outvars, outs, strict=True)
+        _returned(rewriter, out, None if origin is None else inputs[origin])
+        for origin, out in zip(forwarded_inputs(jaxpr), outs, strict=True)
     ]
     return _Output(arrays, out_tree, others)
 
@@ -165,9 +165,7 @@ def _argument_paths(tree: Any) -> list[str]:
     return [path_string(path[2:]) for path, _ in flat]
 
 
-def _returned(rewriter: Rewriter, jaxpr: Any, out: Any, argument: Any) -> Any:
-    if not is_weight(out):
-        return out
-    if out is argument:
-        return out.value  # a parameter handed through: the user's QTensor, not a float copy
-    return rewriter.returned(out)
+def _returned(rewriter: Rewriter, out: Any, argument: Any) -> Any:
+    if is_weight(argument):
+        return argument.value  # a parameter handed through: the user's QTensor, not a float copy
+    return rewriter.returned(out) if is_weight(out) else out
