@@ -87,12 +87,20 @@ def check_tokens(tokens: jax.Array, max_length: int) -> None:
         )
 
 
-def check_cache_room(index: jax.Array, new_tokens: int, max_length: int) -> None:
-    """Raises ValueError when a concrete cache index leaves no room for `new_tokens`.
+def check_cache(
+    index: jax.Array, cached_positions: jax.Array, tokens: jax.Array, max_length: int
+) -> None:
+    """Raises ValueError unless `tokens` [B, T] fit into the rest of a cache for B rows.
 
     Under a trace the index is unknown and nothing is checked: `dynamic_update_slice` would then
     clamp silently, so jitted callers (`generate`) check the total length before they start.
     """
+    batch, new_tokens = tokens.shape
+    if cached_positions.shape[0] != batch:
+        raise ValueError(
+            f"the KV cache was made for batch_size={cached_positions.shape[0]}; "
+            f"tokens have {batch} rows"
+        )
     if isinstance(index, jax.core.Tracer):
         return
     if int(index) + new_tokens > max_length:

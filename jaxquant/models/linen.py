@@ -57,8 +57,9 @@ class Decoder(nn.Module):
           float32 [B, T, V].
 
         Raises:
-          ValueError: `tokens` is not [B, T], is longer than `max_length`, or does not fit the rest
-            of the cache (outside of a trace, where the fill is known).
+          ValueError: `tokens` is not [B, T], is longer than `max_length`, does not fit the rest of
+            the cache (outside of a trace, where the fill is known), or the cache has another
+            batch size.
         """
         config = self.config
         functional.check_tokens(tokens, config.max_length)
@@ -70,10 +71,11 @@ class Decoder(nn.Module):
             filled = self.variable(
                 "cache", "positions", lambda: jnp.full((batch, config.max_length), -1, jnp.int32)
             )
-            functional.check_cache_room(index.value, length, config.max_length)
+            functional.check_cache(index.value, filled.value, tokens, config.max_length)
             start = index.value
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), tokens.shape)
+        positions = jnp.asarray(positions, jnp.int32)
         key_positions = positions
         if decode:
             key_positions = jax.lax.dynamic_update_slice(filled.value, positions, (0, start))

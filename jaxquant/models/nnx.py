@@ -85,11 +85,13 @@ class Decoder(nnx.Module):
         length = tokens.shape[1]
         start: Any = 0
         if decode:
-            self._check_cache(tokens.shape[0])
+            if not hasattr(self, "cache_index"):
+                raise ValueError("decode=True needs a KV cache; call init_cache(batch_size) first")
             start = self.cache_index[...]
-            functional.check_cache_room(start, length, config.max_length)
+            functional.check_cache(start, self.cache_positions[...], tokens, config.max_length)
         if positions is None:
             positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), tokens.shape)
+        positions = jnp.asarray(positions, jnp.int32)
         key_positions = positions
         if decode:
             key_positions = jax.lax.dynamic_update_slice(
@@ -105,15 +107,6 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         logits = self.embed.attend(x) if config.tie_embeddings else self.lm_head(x)
         return logits.astype(jnp.float32)
-
-    def _check_cache(self, batch: int) -> None:
-        if not hasattr(self, "cache_index"):
-            raise ValueError("decode=True needs a KV cache; call init_cache(batch_size) first")
-        if self.cache_positions.shape[0] != batch:
-            raise ValueError(
-                f"the KV cache was made for batch_size={self.cache_positions.shape[0]}; "
-                f"tokens have {batch} rows"
-            )
 
     def _run_layers(self, x: jax.Array, context: tuple[Any, ...], decode: bool) -> jax.Array:
         def call(block: Block, x: jax.Array, context: tuple[Any, ...]) -> jax.Array:

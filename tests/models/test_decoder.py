@@ -153,6 +153,8 @@ def test_a_full_cache_is_an_error_in_both():
     _, cache = model.apply(variables, tiny.tokens(length=15), decode=True, mutable=["cache"])
     with pytest.raises(ValueError, match="holds 15 of max_length=16 positions; 2 more"):
         model.apply({**variables, **cache}, tiny.tokens(length=2), decode=True, mutable=["cache"])
+    with pytest.raises(ValueError, match="batch_size=2; tokens have 1 rows"):
+        model.apply({**variables, **cache}, tiny.tokens(1, 1), decode=True, mutable=["cache"])
     model = tiny.nnx_model()
     model.init_cache(2)
     model(tiny.tokens(length=15), decode=True)
