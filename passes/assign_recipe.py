@@ -201,7 +201,7 @@ def _is_smaller(plan: ParamPlan, scheme: WeightScheme, blocks: Sequence[int]) ->
         8 * jnp.dtype(scheme.scale_dtype).itemsize
     )  # fmt: skip
     if not scheme.symmetric:
-        scale_bits *= 2
+        scale_bits += 8  # the zero points
     size = math.prod(plan.shape)
     return size * qtype.bits + scales * scale_bits < size * 8 * jnp.dtype(plan.dtype).itemsize
 
