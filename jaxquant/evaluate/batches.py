@@ -37,7 +37,7 @@ class Call:
     def describe(self) -> str:
         """The arrays as text, for the report."""
         arrays = self.split()[0]
-        return ", ".join(f"{np.dtype(a.dtype).name}{list(a.shape)}" for a in arrays)
+        return ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
 
 
 class _Array:

@@ -25,9 +25,9 @@ def quality_columns(report: Report, found: Sequence[Quality]) -> list[Column]:
     kl = report.divergence
     tails = [q.divergence for q in found]
     columns: list[Column] = [
-        (f"{kl} mean", [_cell(t and t.mean) for t in tails]),
-        (f"{kl} p50", [_brief(t and t.p50) for t in tails]),
-        (f"{kl} p99", [_cell(t and t.p99) for t in tails]),
+        (f"{kl} mean", [_cell(t.mean if t else None) for t in tails]),
+        (f"{kl} p50", [_brief(t.p50 if t else None) for t in tails]),
+        (f"{kl} p99", [_cell(t.p99 if t else None) for t in tails]),
         (f"{kl} worst", [(fmt.number(t.worst if t else None), "") for t in tails]),
         ("SQNR dB", [_cell(q.sqnr_db) for q in found]),
         ("top-1 same", [_cell(q.agreement, fmt.percent) for q in found]),

@@ -43,7 +43,7 @@ def row_scores(logits: jax.Array, targets: jax.Array) -> RowScores:
       targets: ``[B, P]`` integers; negative where there is none.
     """
 
-    def one_row(args):
+    def one_row(args: tuple[jax.Array, jax.Array]) -> RowScores:
         row, target = args
         log_probs = jax.nn.log_softmax(row.astype(jnp.float32), axis=-1)
         top = jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
@@ -73,7 +73,7 @@ def kl_divergence(float_logits: jax.Array, other_logits: jax.Array) -> jax.Array
       that has some.
     """
 
-    def one_row(args):
+    def one_row(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in args)
         p, q, diff = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
         series = diff * diff * (1 / 2 - diff * (1 / 6 - diff * (1 / 24 - diff / 120)))
@@ -93,18 +93,19 @@ def value_scores(float_leaves: list[jax.Array], other_leaves: list[jax.Array]) -
       other_leaves: as many arrays of the same shapes.
     """
 
-    def squares(leaf):
+    def squares(leaf: jax.Array) -> jax.Array:
         return jnp.square(leaf).reshape(leaf.shape[0], -1).sum(axis=-1)
 
-    def wide(leaf):
+    def wide(leaf: jax.Array) -> jax.Array:
         kind = jnp.complex64 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.float32
         return leaf.astype(kind)
 
-    signal = noise = 0.0
-    bad: jax.Array | bool = False
+    rows = float_leaves[0].shape[0]
+    signal = noise = jnp.zeros(rows, jnp.float32)
+    bad = jnp.zeros(rows, bool)
     for left, right in zip(float_leaves, other_leaves, strict=True):
         a, b = wide(left), wide(right)
         signal += squares(jnp.abs(a))
         noise += squares(jnp.abs(b - a))
-        bad |= ~jnp.isfinite(right).reshape(right.shape[0], -1).all(axis=-1)
-    return ValueScores(jnp.asarray(signal), jnp.asarray(noise), jnp.asarray(bad))
+        bad |= ~jnp.isfinite(right).reshape(rows, -1).all(axis=-1)
+    return ValueScores(signal, noise, bad)

@@ -6,6 +6,7 @@ For: :mod:`jaxquant.evaluate.table` and :mod:`jaxquant.evaluate.page`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from jaxquant.evaluate.bootstrap import Interval
 from jaxquant.evaluate.results import Speed
@@ -39,7 +40,9 @@ def percent(value: float | None, decimals: int = 2) -> str:
     return ABSENT if value is None else f"{100 * value:.{decimals}f}%"
 
 
-def with_range(interval: Interval | None, show=number) -> tuple[str, str]:
+def with_range(
+    interval: Interval | None, show: Callable[[float | None], str] = number
+) -> tuple[str, str]:
     """A value and its interval as texts; the second is empty where there is none."""
     if interval is None:
         return ABSENT, ""

@@ -42,7 +42,7 @@ class LatencyOptions:
     max_seconds: float = 30.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rounds < 1 or self.warmup < 0:
             raise ValueError(
                 f"latency needs rounds >= 1 and warmup >= 0; got rounds={self.rounds}, "

@@ -101,13 +101,15 @@ def _cell(value: str, spread: str) -> str:
 def _slices(report: Report) -> str:
     everyone = (report.float_model, *report.recipes)
     panels, tables = [], []
+    width = 530 if len(report.slices) in (2, 4) else 352
     for name in report.slices:
         found = [result.slices[name] for result in everyone]
         title = f"{html.escape(name)} <small>{html.escape(counted(found[0]))}</small>"
-        panels.append(f"<figure><h3>{title}</h3>{plots.quality_plot(report, name)}</figure>")
+        plot = plots.quality_plot(report, name, width)
+        panels.append(f"<figure><h3>{title}</h3>{plot}</figure>")
         body = _table(report, quality_columns(report, found))
         tables.append(f"<details><summary>{title}</summary>{body}</details>")
-    grid = f'<div class="panels">{"".join(panels)}</div>'
+    grid = f'<div class="panels" style="--panel:{width - 52}px">{"".join(panels)}</div>'
     every = f"<h3>Every number of a slice</h3>{''.join(tables)}"
     return _legend(report) + grid + _matrix(report) + every
 
@@ -140,13 +142,13 @@ def _weights(report: Report) -> str:
 
 def _worst(report: Report) -> str:
     parts = []
-    for index, result in enumerate(report.recipes):
-        if not result.worst:
-            continue
+    found = [(i, result) for i, result in enumerate(report.recipes) if result.worst]
+    first = max(result.worst[0].divergence for _, result in found)
+    for index, result in found:
         items = "".join(_example(report, w) for w in result.worst)
         head = f"{report.divergence} up to {fmt.number(result.worst[0].divergence)}"
         parts.append(
-            f"<details{' open' if index == len(report.recipes) - 1 else ''}><summary>"
+            f"<details{' open' if result.worst[0].divergence == first else ''}><summary>"
             f'<span class="chip" style="--c:{svg.series(index)}">{html.escape(result.name)}</span> '
             f"<small>{html.escape(head)}</small></summary><ol>{items}</ol></details>"
         )

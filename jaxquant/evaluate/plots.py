@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 _ROWS_SHOWN = 48
 
 
-def quality_plot(report: Report, slice_name: str | None = None) -> str:
+def quality_plot(report: Report, slice_name: str | None = None, width: int = 1040) -> str:
     """Mean divergence against bytes: of all slices with labels, or of one slice, small."""
     small = slice_name is not None
-    width, height = (352, 236) if small else (1040, 400)
-    top = 30 if small else 40
+    height, top = (236, 30) if small else (400, 40)
     y = svg.log_axis(_all_means(report), height - 48, top)
     tails = {r.name: _of(r, slice_name).divergence for r in report.recipes}
     if y is None:
@@ -66,7 +65,7 @@ def tail_plot(report: Report) -> str:
         [(value, share) for value, share in result.survival if _drawable(value)]
         for result in report.recipes
     ]
-    values = [value for curve in curves for value, share in curve if share <= 0.9]
+    values = [value for curve in curves for value, share in curve if share <= 0.8]
     x = svg.log_axis(values, 58, 1022)
     if x is None:
         return _nothing("No position has a positive, finite divergence.")

@@ -57,7 +57,7 @@ class Reader:
     mask: Callable[[Any], Any] | None = None
     kind: Kind | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.outputs not in ("auto", *READ_AS):
             raise ValueError(f"outputs is one of auto, {', '.join(READ_AS)}; got {self.outputs!r}")
 
@@ -73,7 +73,7 @@ class Reader:
         if self.kind not in (None, kind):
             raise ValueError(f"{where}: outputs are {READ_AS[kind]}; before they were {self.kind}")
         self.kind = kind
-        if kind == "values":
+        if kind == "values" or array is None:
             return self._read_values(batch, outputs if array is None else array, where)
         logits = _flat(array)
         rows, positions = logits.shape[:2]
@@ -113,6 +113,7 @@ class Reader:
         shape = None if array is None else tuple(array.shape)
         size = () if shape is None else (shape[0], math.prod(shape[1:-1]), shape[-1])
         _same_shapes([reading.logits.shape], [size], name, where)
+        assert array is not None
         return dataclasses.replace(reading, logits=_flat(array))
 
     def _logits_of(self, outputs: Any) -> jax.Array | None:
@@ -130,25 +131,24 @@ class Reader:
 
     def _kind(self, call: Call, array: jax.Array | None, where: str) -> Kind:
         floating = array is not None and jnp.issubdtype(array.dtype, jnp.floating)
+        shape = tuple(array.shape) if array is not None and floating else ()
         if self.outputs != "auto":
             least = {"tokens": 3, "classes": 2, "values": 0}[self.outputs]
-            if self.outputs != "values" and not (floating and array.ndim >= least):
+            if len(shape) < least:
                 given = "no single array" if array is None else f"{array.dtype}{list(array.shape)}"
                 raise ValueError(
                     f"{where}: outputs={self.outputs!r} needs a floating array of at least "
-                    f"{least} axes; "
-                    f"got {given}; give logits= to pick it"
+                    f"{least} axes; got {given}; give logits= to pick it"
                 )
             return self.outputs
-        if floating and array.ndim == 3:
-            lead = tuple(array.shape[:2])
-            found = self.targets is not None or find_tokens(call, lead) is not None
+        if len(shape) == 3:
+            found = self.targets is not None or find_tokens(call, shape[:2]) is not None
             return "tokens" if found else "values"
-        if floating and array.ndim == 2 and array.shape[1] > 1:
-            return "classes"
-        return "values"
+        return "classes" if len(shape) == 2 and shape[1] > 1 else "values"
 
-    def _mask(self, batch: Any, lead: tuple[int, ...], rows: int, positions: int, where: str):
+    def _mask(
+        self, batch: Any, lead: tuple[int, ...], rows: int, positions: int, where: str
+    ) -> np.ndarray:
         if self.mask is None:
             return np.ones((rows, positions), bool)
         mask = _shaped(self.mask(batch), lead, "mask", where)

@@ -23,7 +23,7 @@ def rebuild(kind: Any, data: Any) -> Any:
       ValueError: where a field without a default is missing.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         fields = [f for f in dataclasses.fields(kind) if f.name in data]
         try:

@@ -63,7 +63,7 @@ class Runner:
         return self.bind(call)()
 
     def _compile(self, key: Any, arrays: list[jax.Array]) -> Any:
-        def run(tree, arrays):
+        def run(tree: Any, arrays: list[jax.Array]) -> Any:
             args, kwargs = join(key, arrays)
             return self.fn(tree, *args, **kwargs)
 

@@ -7,12 +7,12 @@ and dark; system fonts only, so that nothing is fetched.
 STYLE = """
 :root{--bg:#f6f7f9;--card:#fff;--ink:#1a2028;--soft:#5b6573;--rule:#dfe3e8;--grid:#e9ecf0;
 --code:#f0f2f5;--alarm:#fdecea;--alarm-ink:#9b1c1c;
---s0:#0b6bb8;--s1:#d1570a;--s2:#0a8a66;--s3:#b64a94;--s4:#b58500;--s5:#3fa3db;--s6:#6a4fb3;
---s7:#7c5a33;--s8:#c1272d;--s9:#5f6b7a}
+--s0:#0b6bb8;--s1:#d1570a;--s2:#0a8a66;--s3:#b64a94;--s4:#b58500;--s5:#c1272d;--s6:#6a4fb3;
+--s7:#7c5a33;--s8:#3fa3db;--s9:#5f6b7a}
 @media (prefers-color-scheme:dark){:root{--bg:#12161c;--card:#1a2028;--ink:#e8ecf1;--soft:#9aa6b4;
 --rule:#303945;--grid:#28303a;--code:#242c36;--alarm:#3d1a1a;--alarm-ink:#ffb4ab;
---s0:#5aaef0;--s1:#ff9250;--s2:#3ecf9f;--s3:#ec8ccb;--s4:#e6bd45;--s5:#8fd3f7;--s6:#b39cf5;
---s7:#cfa676;--s8:#ff7a7a;--s9:#aab6c4}}
+--s0:#5aaef0;--s1:#ff9250;--s2:#3ecf9f;--s3:#ec8ccb;--s4:#e6bd45;--s5:#ff7a7a;--s6:#b39cf5;
+--s7:#cfa676;--s8:#8fd3f7;--s9:#aab6c4}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
@@ -37,7 +37,8 @@ tbody th{font-weight:600}td small{display:block;white-space:pre;color:var(--soft
 .chip{display:inline-flex;align-items:center;gap:7px}
 .chip::before{content:"";width:10px;height:10px;border-radius:50%;background:var(--c);flex:none}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13.5px;margin-bottom:10px}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:8px 14px}
+.panels{display:grid;gap:8px 14px;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--panel)),1fr))}
 figure{margin:0}figure h3{margin:8px 0 0}
 svg{display:block;width:100%;height:auto;margin:0 auto;
 font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif}
@@ -45,7 +46,7 @@ font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif}
 .name{fill:var(--ink);font-weight:600}
 .grid{stroke:var(--grid)}.axis{stroke:var(--soft)}
 .mark{stroke:var(--soft);stroke-dasharray:4 4;opacity:.7}
-.dot{fill:var(--c);stroke:var(--card);stroke-width:1.5}.mote{fill:var(--c);opacity:.72}
+.dot{fill:var(--c);stroke:var(--card);stroke-width:1.5}.mote{fill:var(--c);opacity:.9}
 .curve{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round}
 .whisker{stroke:var(--c);stroke-width:2;opacity:.55}
 details{border-top:1px solid var(--rule);padding:8px 0}details:first-of-type{border-top:0}
