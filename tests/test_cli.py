@@ -206,11 +206,11 @@ def test_quantize_inspect_compare(here, capsys, factory: str):
     assert 0 < kl["q8"] < kl["w4a16"] < 1
 
     limit = (kl["q8"] + kl["w4a16"]) / 2
-    code, report = run_json(capsys, *args, "--max-kl", str(limit))
+    code, report = run_json(capsys, *args, "--max-kl", str(limit), "--no-latency")
     assert code == 1
     assert [line.split(":")[0] for line in report["failures"]] == ["w4a16"]
 
-    assert main([*args, "--html", "page.html", "--min-agreement", "1.1"]) == 1
+    assert main([*args, "--html", "page.html", "--min-agreement", "1.1", "--no-latency"]) == 1
     assert "FAILED: q8" in capsys.readouterr().out
     assert "<html" in (here / "page.html").read_text()
 
@@ -221,7 +221,7 @@ def test_float_checkpoint_of_ones_own_model(here, capsys, project: Path):
     variables = project_models.linen()["variables"]
     jq.save(here / "float", variables)
     model = ("--model", "project_models:bare", "--checkpoint", "float")
-    code, report = run_json(capsys, "compare", *model, "--recipes", "w8a8")
+    code, report = run_json(capsys, "compare", *model, "--recipes", "w8a8", "--no-latency")
     assert code == 0
     assert report["recipes"][0]["name"] == "w8a8"
 
@@ -255,7 +255,7 @@ def test_inspect_finds_altered_data(here, capsys):
 
 
 def test_demo(here, capsys):
-    args = ("demo", "--recipes", "w8a8", "w2a16", "--batches", "1")
+    args = ("demo", "--recipes", "w8a8", "w2a16", "--batches", "1", "--no-latency")
     code, result = run_json(capsys, *args)
     assert (code, result["ok"]) == (0, True)
     assert [r["name"] for r in result["report"]["recipes"]] == ["w8a8", "w2a16"]
@@ -264,10 +264,16 @@ def test_demo(here, capsys):
     assert all(record["differences"] == [] for record in result["checkpoints"].values())
     assert "<html" in (here / "jaxquant-demo" / "report.html").read_text()
     jq.inspect(here / "jaxquant-demo" / "w2a16")
-    assert main(args) == 0, "a second run replaces the first"
+
+
+def test_second_demo_replaces_the_first(here, capsys, monkeypatch):
+    (here / "jaxquant-demo" / "w1a16").mkdir(parents=True)
+    (here / "jaxquant-demo" / "report.json").write_text("{}")
+    assert main(["demo", "--recipes", "w8a16", "--batches", "1", "--no-latency"]) == 0
     text = capsys.readouterr().out
-    assert "w2a16" in text
+    assert "w8a16" in text
     assert "equal" in text
+    assert not (here / "jaxquant-demo" / "w1a16").exists()
 
 
 def test_differences_sees_every_bit():

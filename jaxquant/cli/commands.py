@@ -76,6 +76,7 @@ def compare(args: argparse.Namespace) -> Outcome:
         candidates,
         chosen.data,
         metrics=chosen.metrics or None,
+        latency=args.latency,
         title=f"{chosen.name}: float and quantized",
     )
     failures = beyond_limits(report, args.max_kl, args.min_agreement)

@@ -13,13 +13,13 @@ import jaxquant as jq
 from jaxquant.cli import target
 from jaxquant.cli.commands import quantized
 from jaxquant.cli.errors import UsageError
-from jaxquant.cli.outcome import Outcome
+from jaxquant.cli.outcome import Outcome, say
 from jaxquant.cli.trees import differences
 
 if TYPE_CHECKING:
     from jaxquant.core.recipe import Recipe
 
-_BATCHES = 4
+_BATCHES = 3
 _MARKER = "report.json"
 
 
@@ -32,16 +32,19 @@ def demo(args: argparse.Namespace) -> Outcome:
     checkpoints: dict[str, dict[str, Any]] = {}
     failures = []
     for name, recipe in recipes.items():
+        say(f"{name}: quantize, save, restore")
         record, trees[name] = _round_trip(chosen, recipe, out / name)
         checkpoints[name] = record
         if record["differences"]:
             failures.append(f"{name}: restored, it differs in {', '.join(record['differences'])}")
+    say(f"float model and {len(trees)} recipes: compare on {', '.join(chosen.data)}")
     report = jq.compare(
         chosen.quantizable(None),
         chosen.variables,
         trees,
         chosen.data,
         decode=_decoder(),
+        latency=args.latency,
         title="jaxquant demo",
         command="jaxquant demo",
     )

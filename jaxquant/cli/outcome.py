@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 from jaxquant.cli.errors import FAILED, OK
+
+
+def say(line: str) -> None:
+    """Tells the user on standard error what is being done; --json leaves standard output alone."""
+    sys.stderr.write(f"{line} ...\n")
+    sys.stderr.flush()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,6 +213,9 @@ def _batches(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batches", type=_positive, metavar="N", help="use at most N batches of every slice"
     )
+    command.add_argument(
+        "--no-latency", dest="latency", action="store_false", help="measure no times"
+    )
 
 
 def _positive(text: str) -> int:
