@@ -25,9 +25,11 @@ def render_page(report: Report) -> str:
     """The whole page as text."""
     sections = [
         _section("Overview", _overview(report)),
-        _section("Quality against bytes", _legend(report) + plots.quality_plot(report)),
+        _section("Quality against bytes", _legend(report) + _wide(plots.quality_plot(report))),
         _section("By slice", _slices(report)) if len(report.slices) > 1 else "",
-        _section(f"The tail of the {report.divergence}", _legend(report) + plots.tail_plot(report)),
+        _section(
+            f"The tail of the {report.divergence}", _legend(report) + _wide(plots.tail_plot(report))
+        ),
         _section("Error of each quantized weight", _weights(report)),
         _section("Worst examples", _worst(report)) if any(r.worst for r in report.recipes) else "",
         _section("How this was measured", _environment(report)),
@@ -45,6 +47,11 @@ def render_page(report: Report) -> str:
 
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+
+
+def _wide(body: str) -> str:
+    """Scrolls by itself on a narrow screen."""
+    return f'<div class="wide">{body}</div>'
 
 
 def _subtitle(report: Report) -> str:
@@ -137,7 +144,7 @@ def _weights(report: Report) -> str:
         "weight at its path; a dot per layer. A recipe that rescales or rotates weights "
         "(SmoothQuant, AWQ, Hadamard) shows low here though the model's function is kept.</p>"
     )
-    return _legend(report) + plots.weights_plot(report) + aside
+    return _legend(report) + _wide(plots.weights_plot(report)) + aside
 
 
 def _worst(report: Report) -> str:

@@ -26,7 +26,7 @@ margin-top:20px}
 .alarm{background:var(--alarm);color:var(--alarm-ink);border-radius:10px;padding:10px 22px;
 margin-top:20px}
 .alarm p{margin:4px 0;font-weight:600}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto}.wide svg{min-width:720px}
 table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
 th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap;
 vertical-align:top}
