@@ -54,7 +54,13 @@ def write(path: str, arrays: Sequence[Any], envelope: dict[str, Any], *, overwri
         tree = {_name(i): array for i, array in enumerate(arrays)}
         save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
         items[ARRAYS] = ocp.args.PyTreeSave(tree, save_args=save_args)
-    with _quiet(), contextlib.closing(_checkpointer()) as checkpointer:
+    # Not replica-parallel: that would slice replicated arrays on the devices before it writes them,
+    # one compilation a shape and device, and slicing makes all NaNs of float8_e5m2 one NaN.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    )
+    with _quiet(), contextlib.closing(_checkpointer(registry)) as checkpointer:
         checkpointer.save(target, ocp.args.Composite(**items), force=exists)
     if exists:
         _replace(final, target)
@@ -208,11 +214,10 @@ def _replace(final: epath.Path, new: epath.Path) -> None:
         multihost_utils.sync_global_devices(f"jaxquant save {final}")
 
 
-def _checkpointer(registry: Any = None) -> ocp.Checkpointer:
+def _checkpointer(registry: Any) -> ocp.Checkpointer:
     """Checkpointer with every setting that decides the format given, not left to defaults."""
-    handlers = {} if registry is None else {"type_handler_registry": registry}
     arrays = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_zarr3=False, use_compression=True, **handlers
+        use_ocdbt=True, use_zarr3=False, use_compression=True, type_handler_registry=registry
     )
     items = {ARRAYS: arrays, MANIFEST: ocp.JsonCheckpointHandler()}
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items))
