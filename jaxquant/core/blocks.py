@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,42 @@ def map_blocks(fn: Callable[..., jax.Array], x: jax.Array, *per_block: jax.Array
     split, spans = split_blocks(x, per_block[0].shape)
     kept = [1 if i in spans else n for i, n in enumerate(split.shape)]
     return fn(split, *(p.reshape(kept) for p in per_block)).reshape(x.shape)
+
+
+def map_slices(
+    fn: Callable[[jax.Array], Any], x: jax.Array, block_shape: Sequence[int], most: int
+) -> Any:
+    """Computes one value a block slice by slice, so that temporaries stay small.
+
+    Args:
+      fn: from a slice of x that holds whole blocks to a tree of arrays with one value a block.
+      x: any array; not sharded along the axis with the most blocks, which is the one sliced.
+      block_shape: sizes that divide x's.
+      most: number of elements that a slice should not exceed (where blocks are that small).
+
+    Returns:
+      What fn gives for all of x.
+    """
+    per_block = scale_shape(x.shape, block_shape)
+    axis = max(range(x.ndim), key=lambda i: per_block[i], default=0)
+    wanted = -(-x.size // most)
+    if wanted <= 1 or not x.ndim:
+        return fn(x)
+    count = next((d for d in divisors(per_block[axis]) if d >= wanted), per_block[axis])
+    step = per_block[axis] // count
+
+    def body(i: jax.Array, results: Any) -> Any:
+        width = step * block_shape[axis]
+        found = fn(jax.lax.dynamic_slice_in_dim(x, i * width, width, axis))
+        return jax.tree.map(
+            lambda result, part: jax.lax.dynamic_update_slice_in_dim(result, part, i * step, axis),
+            results,
+            found,
+        )
+
+    shapes = jax.eval_shape(fn, jax.lax.slice_in_dim(x, 0, step * block_shape[axis], axis=axis))
+    empty = jax.tree.map(lambda s: jnp.zeros(per_block, s.dtype), shapes)
+    return jax.lax.fori_loop(0, count, body, empty)
 
 
 def broadcast_blocks(part: jax.Array, shape: Sequence[int]) -> jax.Array:

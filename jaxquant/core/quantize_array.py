@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
-from jaxquant.core.blocks import check_block_shape, reduce_blocks, scale_shape
+from jaxquant.core.blocks import check_block_shape, map_slices, reduce_blocks, scale_shape
 from jaxquant.core.codes import encode
 from jaxquant.core.placement import part_shardings
 from jaxquant.core.qtensor import QTensor
@@ -33,6 +33,8 @@ __all__ = [
     "encode",
     "quantize_array",
 ]
+
+_SLICE = 2**20  # elements; what a search for ranges may hold temporarily, a few times over
 
 RangeFn = Callable[[jax.Array, tuple[int, ...], QType, bool], tuple[jax.Array, jax.Array]]
 """(w, block_shape, qtype, symmetric) -> (lo, hi), float32 with one value a block; hashable."""
@@ -123,6 +125,7 @@ def quantize_array(
         packed_axis if qtype.packed else None,
         double_quant,
         kept_axes(block_shape, stack_axes),
+        sliced=False,
     )
     operands = (w, scale, zero_point)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
@@ -130,7 +133,7 @@ def quantize_array(
     check_finite(w, name)
     sharding = getattr(w, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return _compiled(settings)(*operands)
+        return _compiled(settings._replace(sliced=True))(*operands)
     leaves, treedef = jax.tree.flatten(operands)
     avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
     return _compiled(settings, sharding, treedef, avals)(*operands)
@@ -185,6 +188,7 @@ class _Settings(NamedTuple):
     packed_axis: int | None
     double_quant: bool
     kept: tuple[int, ...]
+    sliced: bool  # find ranges slice by slice: not for sharded weights
 
 
 def _quantize(
@@ -200,7 +204,8 @@ def _quantize(
     if settings.double_quant and not isinstance(scale, QTensor):
         scale = double_quantize(scale, settings.kept)
     values = scale.dequantize() if isinstance(scale, QTensor) else scale
-    codes = encode(w, values, zero_point, qtype)
+    w_again, values = jax.lax.optimization_barrier((w, values))
+    codes = encode(w_again, values, zero_point, qtype)
     length = None
     if settings.packed_axis is not None:
         length = w.shape[settings.packed_axis]
@@ -218,7 +223,16 @@ def _quantize(
 
 def _find_scale(settings: _Settings, w: jax.Array) -> tuple[jax.Array | QTensor, jax.Array | None]:
     qtype, block_shape = settings.qtype, settings.block_shape
-    lo, hi = settings.range_fn(w, block_shape, qtype, settings.symmetric)
+
+    def find_range(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return settings.range_fn(w, block_shape, qtype, settings.symmetric)
+
+    if settings.sliced and settings.range_fn is not absmax_range:
+        lo, hi = map_slices(find_range, w, block_shape, _SLICE)
+    else:
+        lo, hi = find_range(w)
+    # Else XLA merges reductions and conversions of w across the steps and keeps a copy of w.
+    lo, hi = jax.lax.optimization_barrier((lo, hi))
     if qtype.scale_qtype is not None:
         outer = [n if axis in settings.kept else 1 for axis, n in enumerate(lo.shape)]
         return nvfp4_scale(jnp.maximum(-lo, hi), outer), None

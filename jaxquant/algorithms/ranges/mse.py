@@ -30,23 +30,23 @@ def mse_range(
     if symmetric and qtype.bits == 1:
         return lo, hi
     size = jnp.maximum(-lo, hi)
-    size = jnp.where(size == 0, 1.0, size)
 
     def error(p: jax.Array) -> jax.Array:
         scale, zero_point = scale_from_range(
             lo * p, hi * p, qtype, symmetric=symmetric, dtype=w.dtype
         )
         scale = scale.astype(jnp.float32)
-        scale = jnp.where(scale == 0, 1.0, scale)
         zero = jnp.zeros_like(scale) if zero_point is None else zero_point.astype(jnp.float32)
 
-        def loss(x: jax.Array, s: jax.Array, z: jax.Array, m: jax.Array) -> jax.Array:
-            x = x.astype(jnp.float32)
-            value = code_values(nearest_code(x / s + z, qtype, symmetric=symmetric), qtype)
-            # Relative to the block's size, so that the power neither over- nor underflows.
-            return jnp.power(jnp.abs(x - (value - z) * s) / m, NORM)
+        def loss(x: jax.Array, s: jax.Array, z: jax.Array) -> jax.Array:
+            y = x.astype(jnp.float32) * s + z
+            code = nearest_code(y, qtype, symmetric=symmetric)
+            return _power(jnp.abs(y - code_values(code, qtype)))
 
-        return reduce_blocks(map_blocks(loss, w, scale, zero, size), block_shape, jnp.sum)
+        inverse = 1.0 / jnp.where(scale == 0, 1.0, scale)
+        total = reduce_blocks(map_blocks(loss, w, inverse, zero), block_shape, jnp.sum)
+        # From code units to units of the block's size, in which the power cannot overflow.
+        return total * _power(scale / jnp.where(size == 0, 1.0, size))
 
     def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         least, best_p = best
@@ -57,3 +57,8 @@ def mse_range(
     start = jnp.full(lo.shape, jnp.inf), jnp.ones(lo.shape)
     _, p = jax.lax.fori_loop(0, CANDIDATES, step, start)
     return lo * p, hi * p
+
+
+def _power(x: jax.Array) -> jax.Array:
+    """The NORM-th power of x >= 0; several times as fast as `jnp.power` on CPU."""
+    return jnp.exp2(NORM * jnp.log2(x))
