@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from jaxquant.algorithms import calibrate
 from jaxquant.algorithms.calibrate import Call
+from jaxquant.algorithms.planning import assign
 from jaxquant.algorithms.progress import track
 from jaxquant.algorithms.rtn import quantize_weight
 from jaxquant.core import placement
@@ -23,9 +24,7 @@ from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe
 from jaxquant.frontends.batches import call_arguments
-from jaxquant.passes.assign_recipe import Assignment, ParamPlan, assign_recipe
-from jaxquant.passes.find_weights import find_weights
-from jaxquant.passes.program import trace
+from jaxquant.passes.assign_recipe import Assignment, ParamPlan
 
 
 def ptq(
@@ -69,16 +68,16 @@ def ptq(
     first = next(calls, None)
     example = (args, kwargs) if args or first is None else first
     chosen = adapter.recipe if recipe is None else get_recipe(recipe)
-    program = trace(fn, tree, *example, paths)
-    assignment = assign_recipe(find_weights(program), program.parameters, chosen)
+    _, assignment = assign(fn, tree, paths, example, chosen)
     batches = () if first is None else itertools.chain([first], calls)
     scales = _input_scales(fn, tree, paths, batches, assignment)
-    todo = [i for i, path in enumerate(paths) if path in program.parameters]
-    todo = [i for i in todo if assignment.params[str(paths[i])].scheme is not None]
-    for i in track(todo, "quantizing", show=progress):
-        plan = assignment.params[str(paths[i])]
-        extra = {"act": plan.act, "op_rules": assignment.op_rules}
-        leaves[i] = _quantize(leaves[i], plan).replace(input_scale=scales.get(plan.path), **extra)
+    plans = {plan.path: plan for plan in assignment.quantized}
+    todo = [(i, plans[path]) for i, path in enumerate(paths) if path in plans]
+    for i, plan in track(todo, "quantizing", show=progress):
+        weight = _quantize(leaves[i], plan)
+        leaves[i] = weight.replace(
+            input_scale=scales.get(plan.path), op_rules=assignment.op_rules
+        ).validate(plan.path)
     return adapter.with_tree(jax.tree_util.tree_unflatten(treedef, leaves))
 
 
@@ -125,19 +124,14 @@ def _abstract_input_scale(plan: ParamPlan) -> jax.ShapeDtypeStruct:
 
 def _quantize(leaf: Any, plan: ParamPlan) -> QTensor:
     """Quantizes one leaf, or says what it would become where only its shape is known."""
-
-    def run(w: Any) -> QTensor:
-        return quantize_weight(
-            w, plan.scheme, plan.block_shape, packed_axis=plan.packed_axis, name=plan.path
-        )
-
+    options = {"packed_axis": plan.packed_axis, "stack_axes": plan.stack_axes, "act": plan.act}
+    weight = quantize_weight(leaf, plan.scheme, plan.block_shape, name=plan.path, **options)
     if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.block_until_ready(run(leaf))  # one layer at a time: bounds the peak memory
-    abstract = jax.eval_shape(run, leaf)
+        return jax.block_until_ready(weight)  # one leaf at a time: bounds the peak memory
     if not isinstance(leaf.sharding, NamedSharding):
-        return abstract
+        return weight
     return jax.tree_util.tree_map(
         lambda part, sharding: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding),
-        abstract,
-        placement.part_shardings(abstract, leaf.sharding),
+        weight,
+        placement.part_shardings(weight, leaf.sharding),
     )

@@ -1,0 +1,114 @@
+"""Quantized execution on 8 host devices: automatic and explicit meshes, shard_map, scans."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxquant.core import placement
+from jaxquant.core.qtensor import make_qtensor
+from jaxquant.frontends.function import transform
+from tests.passes.zoo import quantize_axes
+
+X = jax.random.normal(jax.random.key(1), (8, 32))
+W = jax.random.normal(jax.random.key(0), (32, 16)) / 4
+
+
+def mesh_of(kind):
+    return jax.make_mesh((4, 2), ("d", "t"), axis_types=(kind, kind))
+
+
+def grouped(w, group):
+    k, n = w.shape
+    blocks = w.reshape(k // group, group, n)
+    scale = jnp.max(jnp.abs(blocks), axis=1) / 7
+    codes = jnp.round(blocks / scale[:, None]).reshape(k, n).astype(jnp.int4)
+    return make_qtensor(codes, scale, qtype="int4")
+
+
+def place(q, mesh, spec):
+    return jax.device_put(q, placement.part_shardings(q, NamedSharding(mesh, spec)))
+
+
+WEIGHTS = {"channel": quantize_axes(W, (0,)), "group": grouped(W, 4), "coarse": grouped(W, 16)}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("spec", [P(None, "t"), P("t", None), P("d", "t")])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_column_and_row_parallel(kind, spec, weight):
+    mesh, q = mesh_of(kind), WEIGHTS[weight]
+    x_spec = P(None, spec[0])
+
+    def fn(p, x):
+        if kind is AxisType.Explicit:
+            return jnp.einsum("mk,kn->mn", x, p["w"], out_sharding=P(None, spec[1]))
+        return jnp.tanh(x @ p["w"])
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, x_spec))
+        params = {"w": place(q, mesh, spec)}
+        out = jax.jit(transform(fn))(params, x)
+        eager = transform(fn)(params, x)
+    expected = X @ q.dequantize()
+    expected = expected if kind is AxisType.Explicit else jnp.tanh(expected)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(eager, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("split", ["columns", "rows"])
+def test_inside_shard_map(split, weight):
+    """Row-parallel shards split the groups, or repeat scales that cover several shards."""
+    mesh, q = mesh_of(AxisType.Auto), WEIGHTS[weight]
+    w_spec, x_spec = (P(None, "d"), P()) if split == "columns" else (P("d", None), P(None, "d"))
+
+    def local(w, x):
+        y = x @ w
+        return jax.lax.psum(y, "d") if split == "rows" else y
+
+    out_spec = P(None, "d") if split == "columns" else P()
+
+    def fn(p, x):
+        return jax.shard_map(local, mesh=mesh, in_specs=(w_spec, x_spec), out_specs=out_spec)(
+            p["w"], x
+        )
+
+    events = []
+    quantized = transform(fn, on_event=events.append)
+    np.testing.assert_allclose(
+        jax.jit(quantized)({"w": q}, X), X @ q.dequantize(), rtol=1e-4, atol=1e-4
+    )
+    assert [e.action for e in events] == ["quantized"]
+    grad = jax.grad(lambda x: jnp.sum(jnp.sin(quantized({"w": q}, x))))(X)
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(x @ q.dequantize())))(X)
+    np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sharding_constraint_on_a_weight_inside():
+    mesh, q = mesh_of(AxisType.Auto), WEIGHTS["channel"]
+
+    def fn(p, x):
+        w = jax.lax.with_sharding_constraint(p["w"], NamedSharding(mesh, P("d", "t")))
+        return x @ w
+
+    out = jax.jit(transform(fn, strict=True))({"w": q}, X)
+    np.testing.assert_allclose(out, X @ q.dequantize(), rtol=1e-4, atol=1e-4)
+
+
+def test_scan_over_sharded_stacked_layers():
+    mesh = mesh_of(AxisType.Auto)
+    stack = jax.random.normal(jax.random.key(5), (3, 32, 32)) / 6
+    q = quantize_axes(stack, (1,))
+
+    def fn(p, x):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
+
+    expected = fn({"w": q.dequantize()}, X)
+    params = {"w": place(q, mesh, P(None, None, "t"))}
+    x = jax.device_put(X, NamedSharding(mesh, P("d")))
+    np.testing.assert_allclose(jax.jit(transform(fn))(params, x), expected, rtol=1e-4, atol=1e-4)
