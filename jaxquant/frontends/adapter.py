@@ -1,9 +1,9 @@
 """`describe(model)`: one view of a decorated model for everything that works on whole models.
 
-explain, ptq, compare and the files need the same few things of a Linen module with its variables, an
-NNX module that holds them, or a function: the tree of leaves, the names of its parameters, the
-undecorated float computation, and the quantized call. Nothing above this floor asks which
-library a model is written in.
+explain, ptq, compare and the files need the same few things of a Linen module with its variables,
+an NNX module that holds them, or a function: the tree of leaves, the names of its parameters, the
+undecorated float computation, and the quantized call. Nothing above this floor asks which library
+a model is written in.
 """
 
 from __future__ import annotations

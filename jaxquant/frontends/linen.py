@@ -28,7 +28,7 @@ from jaxquant.frontends.marks import LIFTED, RECIPE
 from jaxquant.frontends.scopes import linen_scopes
 
 # What a dataclass generates, and would generate anew for the subclass over the user's own.
-_KEPT = ("__module__", "__qualname__", "__doc__", "__init__", "__eq__", "__hash__")
+_KEPT = ("__init__", "__eq__", "__hash__")
 _CACHED_CALLS = 256
 
 
@@ -62,6 +62,7 @@ def decorate_class(cls: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         _lift_methods(sub, vars(sub))
 
     body = {name: vars(cls)[name] for name in _KEPT if name in vars(cls)}
+    body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {RECIPE: recipe, "apply": apply, "__init_subclass__": classmethod(__init_subclass__)}
     decorated = type(cls)(cls.__name__, (cls,), body)
     inherited = {name for base in decorated.__mro__ for name in vars(base)}
@@ -132,17 +133,43 @@ def _lift(core_fn: Callable[..., Any]) -> Callable[..., Any]:
     def inner(
         scope_fn: Any, repack_fn: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        def pure(_: Any, variables: Any, rngs: Any, args: Any, kwargs: Any) -> Any:
-            scopes = scope_fn(variables, rngs)
+        def pure(_: Any, named: Any, rngs: Any, args: Any, kwargs: Any) -> Any:
+            inputs = _from_named(named)
+            scopes = scope_fn(inputs, rngs)
             with linen_scopes():
                 out = core_fn(scopes, *args, **kwargs)
-            return out, trees.mark_unchanged(repack_fn(scopes), variables)
+            return out, trees.mark_unchanged(repack_fn(scopes), inputs)
 
         # The closure is new each time, so an eager call is traced and run, not compiled.
-        out, new = transform(pure)(trees.Uncached(), variables, rngs, args, kwargs)
+        named = _to_named(variables, jax.tree_util.tree_leaves(scope_fn(variables, rngs)))
+        out, new = transform(pure)(trees.Uncached(), named, rngs, args, kwargs)
         return out, trees.restore_unchanged(new, variables)
 
     return lift.pack(inner, (True,), (True,), (True,), name="quantize", enable_kwargs=True)
+
+
+def _to_named(groups: Any, scopes: list[Any]) -> dict[str, Any]:
+    """Packed variables, ``(({collection: tree}, one for each scope),)``, under readable names."""
+    (collections,) = groups
+    if len(collections) == 1:
+        paths = ["/".join(scopes[0].path)]
+    else:
+        paths = [f"scope{i}" for i in range(len(collections))]
+    names = {name for scope in collections for name in scope}
+    return {
+        name: {p: scope[name] for p, scope in zip(paths, collections, strict=True) if name in scope}
+        for name in names
+    } | {"": dict.fromkeys(paths)}
+
+
+def _from_named(named: dict[str, Any]) -> Any:
+    """Undoes `_to_named`."""
+    return (
+        tuple(
+            {name: by_path[path] for name, by_path in named.items() if name and path in by_path}
+            for path in named[""]
+        ),
+    )
 
 
 def _sees_qtensor(module: Any, args: Any, kwargs: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxquant.core.names import path_string
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe
 from jaxquant.frontends import trees
@@ -109,8 +110,8 @@ class _Placeholder:
 class _MethodCall:
     """What is static in a call; equal calls may share compiled code."""
 
-    def __init__(self, method: Any, graphdef: nnx.GraphDef[Any]) -> None:
-        self.method, self.graphdef = method, graphdef
+    def __init__(self, method: Any, graphdef: nnx.GraphDef[Any], names: list[str]) -> None:
+        self.method, self.graphdef, self.names = method, graphdef, names
         self.key: Hashable | None = (method, graphdef)
         try:
             hash(self.key)
@@ -123,15 +124,22 @@ class _MethodCall:
     def __hash__(self) -> int:
         return hash(self.key)
 
-    def run(self, _: Any, leaves: list[Any], args: Any, kwargs: Any) -> Any:
+    def run(self, _: Any, named: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """The call as a pure function.
+
+        Args:
+          named: the leaves of the graph by name.
+          args: positional arguments, with placeholders for modules.
+          kwargs: keyword arguments, likewise.
 
         Returns:
           The method's result, the new graph definition or None if the structure is as before,
-          and the new leaves: only those that changed, by index, if the structure is as before.
+          and the new leaves by index (only those that changed, if the structure is as before).
         """
+        leaves = [named[name] for name in self.names]
         with nnx.merge_context(_CONTEXT, inner=True) as context:
-            nodes = context.unflatten(self.graphdef, list(leaves))
+            # containers are copied: a dict that a variable holds may be written in place
+            nodes = context.unflatten(self.graphdef, jax.tree_util.tree_map(lambda x: x, leaves))
         args, kwargs = _put_nodes_back((args, kwargs), nodes[1:])
         with nnx_scopes(nodes[0], *nodes[1:]):
             out = self.method.__get__(nodes[0], type(nodes[0]))(*args, **kwargs)
@@ -139,11 +147,14 @@ class _MethodCall:
             raise _ReturnsNodeError
         with nnx.split_context(_CONTEXT) as context:
             graphdef, new = context.flatten(nodes, with_paths=False)
-        if graphdef == self.graphdef.with_same_outer_index():
-            pairs = enumerate(zip(new, leaves, strict=True))
-            return out, None, {i: n for i, (n, old) in pairs if not trees.same_leaf(n, old)}
+        same_structure = graphdef == self.graphdef.with_same_outer_index()
         known = {id(leaf): i for i, leaf in enumerate(leaves)}
-        return out, graphdef, [_Kept(known[id(n)]) if id(n) in known else n for n in new]
+        changes = {
+            i: _Kept(known[id(leaf)]) if id(leaf) in known else leaf
+            for i, leaf in enumerate(new)
+            if not (same_structure and trees.same_leaf(leaf, leaves[i]))
+        }
+        return out, None if same_structure else graphdef, changes
 
 
 @jax.tree_util.register_static
@@ -169,25 +180,38 @@ def _call(method: Any, module: nnx.Module, args: Any, kwargs: Any) -> Any:
     with nnx.update_context(_CONTEXT):
         with nnx.split_context(_CONTEXT) as context:
             graphdef, state = context.flatten(tuple(nodes))
-        variables = list(state.leaves)
+        variables, names = list(state.leaves), [_leaf_name(path) for path in state.paths]
         leaves = [v.get_raw_value() if isinstance(v, nnx.Variable) else v for v in variables]
-        call = _MethodCall(method, graphdef)
+        call = _MethodCall(method, graphdef, names)
+        named = dict(zip(names, leaves, strict=True))
         if call.key is None:
-            result = transform(call.run)(trees.Uncached(), leaves, args, kwargs)
+            result = transform(call.run)(trees.Uncached(), named, args, kwargs)
         else:
-            result = _transformed(call)(None, leaves, args, kwargs)
-        out, new_graphdef, new = result
-        if new_graphdef is None and all(isinstance(variables[i], nnx.Variable) for i in new):
-            for i, value in new.items():
-                variables[i].set_raw_value(value)
+            result = _transformed(call)(None, named, args, kwargs)
+        out, new_graphdef, changes = result
+        if new_graphdef is None and all(isinstance(variables[i], nnx.Variable) for i in changes):
+            for i, change in changes.items():
+                # nnx.remat and the like hand every parameter through: this one is there already
+                if not (is_qtensor(change) and is_qtensor(leaves[i])):
+                    variables[i].set_raw_value(_new_leaf(change, leaves))
             return out
+        new = {i: _new_leaf(change, leaves) for i, change in changes.items()}
         if new_graphdef is None:  # an array that is a plain attribute changed
             new_graphdef = graphdef.with_same_outer_index()
-            new = [new.get(i, leaf) for i, leaf in enumerate(leaves)]
-        full = [leaves[n.index] if isinstance(n, _Kept) else n for n in new]
+            new = dict(enumerate(leaves)) | new
         with nnx.merge_context(_CONTEXT, inner=False) as context:
-            context.unflatten(new_graphdef, full)
+            context.unflatten(new_graphdef, [new[i] for i in range(len(new))])
         return out
+
+
+def _new_leaf(change: Any, leaves: list[Any]) -> Any:
+    return leaves[change.index] if isinstance(change, _Kept) else change
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf of ``(module, *module arguments)``."""
+    node, *rest = path
+    return path_string(rest if node == 0 else ("args", node - 1, *rest))
 
 
 def _put_nodes_back(tree: Any, nodes: Any) -> Any:

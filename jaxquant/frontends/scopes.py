@@ -98,7 +98,7 @@ def _opening_scope(cls: type, method: Any) -> Any:
 
 def subclass(cls: type[nnx.Module], body: dict[str, Any]) -> type[nnx.Module]:
     """A subclass of an NNX module class under the same name, of the same pytree kind."""
-    same = {name: vars(cls)[name] for name in ("__module__", "__qualname__", "__doc__")}
+    same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     kind = {"pytree": getattr(cls, "_pytree__is_pytree", True)}
     return type(cls)(cls.__name__, (cls,), {**same, **body}, **kind)
 

@@ -157,13 +157,11 @@ def make(name: str):
         "conv": (ConvNet, {}, (image,), {}),
         "raw": (RawModule, {}, (x,), {}),
         "attention": (nn.MultiHeadDotProductAttention, {"num_heads": 4}, (x,), {}),
-        "dense_general": (functools.partial(nn.DenseGeneral, features=(4, 4)), {}, (x,), {}),
+        "general": (functools.partial(nn.DenseGeneral, features=(4, 4)), {}, (x,), {}),
     }[name]
 
 
-NAMES = (
-    "block model scanned setup recurrent conv raw attention dense_general".split()
-)  # fmt: skip
+NAMES = ("block", "model", "scanned", "setup", "recurrent", "conv", "raw", "attention", "general")
 
 
 def keys():

@@ -23,9 +23,9 @@ from tests.frontends.support import (
 )
 
 
-def _setup(name, decorate=quantize("w8a8")):
+def _setup(name):
     cls, fields, args, kwargs = zoo.make(name)
-    plain, decorated = cls(**fields), decorate(cls)(**fields)
+    plain, decorated = cls(**fields), quantize("w8a8")(cls)(**fields)
     return plain, decorated, args, kwargs
 
 
