@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.core import _compat
+from jaxquant.core import _compat, placement
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.recipe import Rule
 from jaxquant.passes.abstract_weights import abstract_weight
 from jaxquant.passes.assign_recipe import Assignment, ParamPlan
@@ -74,7 +75,7 @@ def _rewrite(program: Program, weights: dict[str, Any], op_rules: Sequence[Rule]
         return events
     jaxpr, consts = _compat.open_jaxpr(program.jaxpr)
     inputs = [
-        Weight(weights[path], path) if path in weights else _struct(var.aval)
+        Weight(_placed(weights[path], var.aval), path) if path in weights else _struct(var.aval)
         for path, var in zip(program.paths, jaxpr.invars, strict=True)
     ]
     rewriter = Rewriter(on_event=record, op_rules=op_rules)
@@ -83,7 +84,19 @@ def _rewrite(program: Program, weights: dict[str, Any], op_rules: Sequence[Rule]
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=_compat.explicit_sharding(aval))
+
+
+def _placed(weight: QTensor, aval: Any) -> QTensor:
+    """The abstract weight, its parts sharded like the float they stand for where types say so."""
+    sharding = _compat.explicit_sharding(aval)
+    if sharding is None:
+        return weight
+    return jax.tree_util.tree_map(
+        lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s),
+        weight,
+        placement.part_shardings(weight, sharding),
+    )
 
 
 def _float_bytes(plan: ParamPlan) -> int:

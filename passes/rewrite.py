@@ -221,7 +221,14 @@ def _sharding_constraint(w: QTensor, *, sharding: Any, **_: Any) -> QTensor:
     return placement.constrain_parts(w, sharding)
 
 
-@register(RULES, jp.copy_p, jp.name_p, _compat.pvary_p)
+@_structural(_compat.reshard_p)
+def _reshard(w: QTensor, *, dst_sharding: Any, **_: Any) -> QTensor:
+    return jax.tree_util.tree_map(
+        jax.sharding.reshard, w, placement.part_shardings(w, dst_sharding)
+    )
+
+
+@register(RULES, jp.copy_p, jp.name_p, jp.stop_gradient_p, _compat.pvary_p)
 def _each_part(ctx: Context, ins: list[Any]) -> list[Any]:
     """Operations on values whatever their shape: applied to every part."""
     (weight,) = ins

@@ -29,7 +29,7 @@ def _first(step: Step, ins: Values) -> Followed:
 
 @register(
     MOVES, jp.copy_p, jp.name_p, jp.rev_p, jp.sharding_constraint_p, jp.stop_gradient_p,
-    jp.device_put_p, _compat.pvary_p, _compat.optimization_barrier_p,
+    _compat.reshard_p, _compat.pvary_p, _compat.optimization_barrier_p,
 )  # fmt: skip
 def _unchanged(step: Step, ins: Values) -> Values:
     return list(ins)

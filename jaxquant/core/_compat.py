@@ -17,6 +17,7 @@ from jax._src import core as _core
 from jax._src import custom_derivatives as _custom_derivatives
 from jax._src import dispatch as _dispatch
 from jax._src import mesh as _mesh
+from jax._src import pjit as _pjit
 from jax._src import shard_map as _shard_map
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import ad as _ad
@@ -37,6 +38,7 @@ __all__ = [
     "canonical_precision",
     "custom_rule",
     "equation_context",
+    "explicit_sharding",
     "has_tangent",
     "is_eager",
     "is_tracer",
@@ -50,6 +52,7 @@ __all__ = [
     "permuted_sharding",
     "pvary_p",
     "ragged_dot_general_p",
+    "reshard_p",
     "run_fwd",
     "scan_arity",
     "shard_map_p",
@@ -66,6 +69,7 @@ shard_map_p = _shard_map.shard_map_p
 ragged_dot_general_p = _lax.ragged_dot_general_p
 optimization_barrier_p = _lax.optimization_barrier_p
 pvary_p = _core.pvary_p
+reshard_p = _pjit.reshard_p
 split_p = _lax.split_p
 stack_p = _lax.stack_p
 unstack_p = _lax.unstack_p
@@ -221,6 +225,13 @@ def sharding_for_vmap(axis_data: Any, sharding: Any, axis: int) -> Any:
     if sharding is None:
         return None
     return _batching.get_sharding_for_vmap(axis_data, sharding, axis)
+
+
+def explicit_sharding(aval: Any) -> Any:
+    """The sharding in the type of ``aval``; None off explicit meshes."""
+    sharding = getattr(aval, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    return sharding if mesh is not None and mesh._any_axis_explicit else None
 
 
 def permuted_sharding(aval: Any, order: Sequence[int]) -> Any:

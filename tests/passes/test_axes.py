@@ -13,9 +13,11 @@ from jaxquant.passes.op_use import axis_uses
 def factorisations(n):
     """All ordered ways to write n as a product of one to three sizes, ones included."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
-    return [
-        (a, b, n // a // b) for a in divisors for b in divisors if n // a % b == 0
-    ] + [(n,), (1, n), (n, 1)]
+    return [(a, b, n // a // b) for a in divisors for b in divisors if n // a % b == 0] + [
+        (n,),
+        (1, n),
+        (n, 1),
+    ]
 
 
 @st.composite

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
+
 from jaxquant.passes.find_weights import find_weights
 from jaxquant.passes.program import trace
 
@@ -349,6 +350,17 @@ def test_shards_bound_the_blocks_of_the_axis_they_cut(spec, align):
 
     use = only(lambda p, x: local(p["w"], x), W, X)
     assert (use.axes[0].contracted, use.axes[0].align) == (8, align)
+
+
+def test_resharded_weights_keep_their_way():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        w, x = (
+            jax.device_put(jnp.ones(shape), jax.NamedSharding(mesh, P("d", None)))
+            for shape in ((8, 6), (4, 8))
+        )
+        use = only(lambda p, x: x @ jax.sharding.reshard(p["w"], P()), {"w": w}, x)
+    assert (use.primitive, blocks(use)) == ("dot_general", [8, 1])
 
 
 # --- convolutions, ragged products ---------------------------------------------------------------
