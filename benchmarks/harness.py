@@ -56,6 +56,7 @@ def in_own_process(name: str, quick: bool) -> Figure:
         text=True,
         check=False,
         cwd=RESULTS.parent.parent,
+        env={"JAX_PLATFORMS": "cpu", **os.environ},
     )
     if result.returncode:
         raise SystemExit(f"figure {name} failed (see above)")
@@ -121,7 +122,7 @@ def write(name: str, runs: dict[str, list[Figure]], command: str) -> tuple[Path,
     json_path.write_text(json.dumps(record, indent=1) + "\n")
     lines = ["# Figures of the spine", "", f"`{command}`", ""]
     lines += [", ".join(f"{key} {value}" for key, value in where.items()), ""]
-    lines += ["Every figure is measured twice, in two processes; both are shown.", ""]
+    lines += ["Times and memory are measured twice, in two processes; both runs are shown.", ""]
     for figures in runs.values():
         lines += _markdown(figures)
     markdown_path = RESULTS / f"{name}.md"

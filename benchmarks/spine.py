@@ -24,6 +24,7 @@ FIGURES = {
     "quantizing": memory.quantizing,
     "quality": quality.quality,
 }
+TIMED = ("matmul", "forward", "tracing", "quantizing")  # run twice; the others have no noise
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         return
     runs: dict[str, list[harness.Figure]] = {}
     for name in args.only:
-        runs[name] = [harness.in_own_process(name, args.quick) for _ in range(2)]
+        runs[name] = [harness.in_own_process(name, args.quick) for _ in range(1 + (name in TIMED))]
         print("\n".join(harness.table(runs[name][0].rows)))
         print([figure.met for figure in runs[name]], flush=True)
     if args.quick:
