@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -60,7 +61,8 @@ def write(path: str, arrays: Sequence[Any], envelope: dict[str, Any], *, overwri
         (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
     )
-    with _quiet(), contextlib.closing(_checkpointer(registry)) as checkpointer:
+    largest = max((array.nbytes for array in arrays), default=0)
+    with _quiet(), contextlib.closing(_checkpointer(registry, largest)) as checkpointer:
         checkpointer.save(target, ocp.args.Composite(**items), force=exists)
     if exists:
         _replace(final, target)
@@ -123,8 +125,9 @@ def read_arrays(
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, _PatientArrayHandler(failures)), (np.ndarray, _PatientNumpyHandler(failures))
     )
+    largest = max(r.size * jnp.dtype(r.dtype).itemsize for r in records)
     try:
-        with _quiet(), contextlib.closing(_checkpointer(registry)) as checkpointer:
+        with _quiet(), contextlib.closing(_checkpointer(registry, largest)) as checkpointer:
             found = checkpointer.restore(_path(path), ocp.args.Composite(**{ARRAYS: args}))[ARRAYS]
             jax.block_until_ready(found)
         if failures:
@@ -214,10 +217,22 @@ def _replace(final: epath.Path, new: epath.Path) -> None:
         multihost_utils.sync_global_devices(f"jaxquant save {final}")
 
 
-def _checkpointer(registry: Any) -> ocp.Checkpointer:
-    """Checkpointer with every setting that decides the format given, not left to defaults."""
+def _checkpointer(registry: Any, largest: int) -> ocp.Checkpointer:
+    """Checkpointer with every setting that decides the format given, not left to defaults.
+
+    Args:
+      registry: type handlers.
+      largest: bytes of the largest array on the host (int4 takes a byte there), of which a few
+        may be on their way at a time. Without a bound, all are: one more copy of everything.
+    """
+    gigabytes = 2 + 2 * largest // 10**9
     arrays = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True, use_zarr3=False, use_compression=True, type_handler_registry=registry
+        use_ocdbt=True,
+        use_zarr3=False,
+        use_compression=True,
+        type_handler_registry=registry,
+        save_device_host_concurrent_gb=gigabytes,
+        restore_concurrent_gb=gigabytes,
     )
     items = {ARRAYS: arrays, MANIFEST: ocp.JsonCheckpointHandler()}
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items))
