@@ -21,10 +21,10 @@ from jaxquant.evaluate.results import Memory, WeightError
 from jaxquant.evaluate.summary import decibels
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path; a QTensor is one leaf."""
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with their paths, which need not differ (collections); a QTensor is one leaf."""
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
-    return {path_string(path): leaf for path, leaf in leaves}
+    return [(path_string(path), leaf) for path, leaf in leaves]
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -43,18 +43,18 @@ def measure_memory(float_tree: Any, tree: Any) -> Memory:
       Bytes as the device reports them (by format for leaves that are on no device).
     """
     floats, leaves = named_leaves(float_tree), named_leaves(tree)
-    codes = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
-    bf16 = sum(2 * leaf.size for leaf in codes.values())
+    codes = [(path, leaf) for path, leaf in leaves if is_quantized(leaf)]
+    by_path = dict(floats)
     return Memory(
-        total=sum(map(_device_bytes, leaves.values())),
-        quantized=sum(map(_device_bytes, codes.values())),
+        total=sum(_device_bytes(leaf) for _, leaf in leaves),
+        quantized=sum(_device_bytes(leaf) for _, leaf in codes),
         quantized_float=sum(
-            _device_bytes(floats[path]) if path in floats else leaf.size * leaf.dtype.itemsize
-            for path, leaf in codes.items()
+            _device_bytes(by_path[path]) if path in by_path else leaf.size * leaf.dtype.itemsize
+            for path, leaf in codes
         ),
-        quantized_bf16=bf16,
-        total_bf16=sum(map(_bf16_bytes, floats.values())),
-        total_float=sum(map(_device_bytes, floats.values())),
+        quantized_bf16=sum(2 * leaf.size for _, leaf in codes),
+        total_bf16=sum(_bf16_bytes(leaf) for _, leaf in floats),
+        total_float=sum(_device_bytes(leaf) for _, leaf in floats),
         leaves=len(codes),
     )
 
@@ -74,9 +74,9 @@ def weight_errors(
       One entry per quantized parameter, or per layer of a stacked one, in the tree's order.
       Parameters without a float leaf of the same shape at their path are left out.
     """
-    floats, layer_axes = named_leaves(float_tree), layer_axes or {}
+    floats, layer_axes = dict(named_leaves(float_tree)), layer_axes or {}
     errors = []
-    for path, leaf in named_leaves(tree).items():
+    for path, leaf in named_leaves(tree):
         weight = floats.get(path)
         if not is_quantized(leaf) or getattr(weight, "shape", None) != leaf.shape:
             continue

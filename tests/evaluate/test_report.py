@@ -51,6 +51,8 @@ def test_memory_is_what_the_device_reports():
     assert (got.quantized_float, got.quantized_bf16) == (64 * 32 * 4, 64 * 32 * 2)
     assert got.quantized == tree["w"].nbytes_on_device()
     assert measure_memory(params, params).leaves == 0
+    twins = {"params": {"a": jnp.ones(8)}, "a": jnp.ones(4)}  # one path, two leaves
+    assert measure_memory(twins, twins).total == 12 * 4
 
 
 @pytest.mark.parametrize("qtype", ["int8", "int4", "nf4"])
