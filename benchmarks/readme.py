@@ -23,8 +23,8 @@ def render(results: Path) -> str:
     where, figures = record["environment"], record["figures"]
     lines = [
         f"`{record['command']}` on {where['cores']} cores of {where['processor']}, "
-        f"jax {where['jax']}, beside Qwix {where['qwix']} in the same process; each figure "
-        f"measured twice. All runs: [benchmarks/results]({RESULTS.relative_to(README.parent)}).",
+        f"jax {where['jax']}, beside Qwix {where['qwix']} in the same process; times and "
+        f"memory measured twice. All runs: [benchmarks/results]({RESULTS.relative_to(README.parent)}).",
         "",
         *table([row for runs in figures.values() for row in _summary(runs)]),
     ]
