@@ -88,8 +88,9 @@ def quantize_activation(
 
 
 def _absmax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    reduced = jnp.max(lax.abs(x), axis=axes, initial=0.0)
-    return lax.expand_dims(reduced, sorted(axes))
+    if not x.size:
+        return jnp.zeros([1 if i in axes else n for i, n in enumerate(x.shape)], x.dtype)
+    return jnp.max(lax.abs(x), axis=axes, keepdims=True)
 
 
 def _full_like(scale: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 

@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import centered, dequantize, spread_axis, spread_blocks
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import DotMethod, choose_dot
+from jaxquant.pallas_kernels.row_slices import map_row_slices
 
 
 def dot_general(
@@ -38,7 +40,7 @@ def dot_general(
     precision: Any = None,
     out_dtype: jax.typing.DTypeLike = jnp.float32,
     method: DotMethod | None = None,
-    narrow_fp8: bool = True,
+    on_cpu: bool = False,
 ) -> jax.Array:
     """Product of an activation and a quantized weight.
 
@@ -56,8 +58,8 @@ def dot_general(
       precision: as for lax.dot_general; used by float dots only.
       out_dtype: dtype of the result.
       method: the form to use; None lets `choose_dot` pick one. Others must fit the operands.
-      narrow_fp8: multiply 8-bit floats as they are. False multiplies them as bfloat16, which
-        holds them exactly: twice as fast where there is no fp8 unit.
+      on_cpu: multiply 8-bit floats as bfloat16, which holds them exactly and is twice as fast
+        without an fp8 unit; compute large integer products in slices of rows.
 
     Returns:
       Array laid out as lax.dot_general's.
@@ -72,7 +74,7 @@ def dot_general(
             if input_scale.shape[axis] != 1:
                 weight = values, scale, zero_point, input_scale
                 options = {"act": act, "precision": precision, "out_dtype": out_dtype}
-                return _over_input_scales(x, weight, axis, axes, narrow_fp8=narrow_fp8, **options)
+                return _over_input_scales(x, weight, axis, axes, on_cpu=on_cpu, **options)
     if method is None:
         method = choose_dot(x.shape, values.shape, values.dtype, scale.shape, axes, act).method
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -87,10 +89,17 @@ def dot_general(
     x_scale = x_scale.astype(wide)
     if method in (DotMethod.INT8, DotMethod.INT8_GROUPS, DotMethod.INT8_LOOP):
         first = axes.x_first
-        out = _integer_dot(method, codes, values, scale, zero_point, first)
-        return _move_weight(out * first.x_to_out(x_scale), axes).astype(out_dtype)
+
+        def scaled(codes: jax.Array, x_scale: jax.Array) -> jax.Array:
+            out = _integer_dot(method, codes, values, scale, zero_point, first)
+            return (out * first.x_to_out(x_scale)).astype(out_dtype)
+
+        if on_cpu and method is DotMethod.INT8:
+            columns = axes.columns(values.shape)
+            return _move_weight(map_row_slices(scaled, (codes, x_scale), first, columns), axes)
+        return _move_weight(scaled(codes, x_scale), axes)
     if method is DotMethod.FP8:
-        if not narrow_fp8:
+        if on_cpu:
             codes, values = codes.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
         out = _dot(codes, values, axes, None, wide) * axes.w_to_out(scale)
     else:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
 from jaxquant.pallas_kernels.blocks import centered, dequantize, spread_axis, spread_blocks
 
 

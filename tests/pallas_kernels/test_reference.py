@@ -3,11 +3,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant.pallas_kernels import reference
+from jaxquant.pallas_kernels import reference, row_slices
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
+from jaxquant.pallas_kernels.dot_axes import DotAxes
+from jaxquant.pallas_kernels.dot_method import DotMethod, choose_dot
 from tests.pallas_kernels import dot_oracle as oracle
 
 
@@ -20,22 +23,144 @@ def run(problem: oracle.Problem, act: ActQuant | None = None, **options):
 
 
 def fake_quantized(x, act):
-    codes, scale = quantize_activation(jnp.asarray(x), act)
+    codes, scale = jax.jit(quantize_activation, static_argnums=1)(x, act)
     return np.asarray(codes).astype(np.float64) * np.asarray(scale, np.float64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10)
 @given(problem=oracle.problems())
 def test_float_activations(problem):
     w = oracle.weight(problem.values, problem.scale, problem.zero_point)
     oracle.assert_close(run(problem), oracle.product(problem.x, w, problem))
 
 
-@settings(max_examples=40, deadline=None)
-@given(problem=oracle.problems(), per_tensor=st.booleans(), dtype=st.sampled_from(["int8", "float8_e4m3fn"]))  # fmt: skip
-def test_quantized_activations(problem, per_tensor, dtype):
+@settings(max_examples=15)
+@given(
+    problem=oracle.problems(),
+    per_tensor=st.booleans(),
+    dtype=st.sampled_from(["int8", "float8_e4m3fn"]),
+    on_cpu=st.booleans(),
+)
+def test_quantized_activations(problem, per_tensor, dtype, on_cpu):
     axes = tuple(range(problem.x.ndim)) if per_tensor else problem.x_contract
     act = ActQuant(dtype, axes)
     w = oracle.weight(problem.values, problem.scale, problem.zero_point)
     want = oracle.product(fake_quantized(problem.x, act), w, problem)
-    oracle.assert_close(run(problem, act), want)
+    oracle.assert_close(run(problem, act, on_cpu=on_cpu), want)
+
+
+# Every method, on one problem that all of its kind fit: x [3, 2, 16], w [16, 4].
+def _fixed(scale_shape, zero_point=None):
+    rng = np.random.default_rng(0)
+    return oracle.Problem(
+        rng.normal(size=(3, 2, 16)).astype(np.float32),
+        rng.integers(-7, 8, (16, 4)).astype(np.int8),
+        rng.uniform(0.5, 2, scale_shape).astype(np.float32),
+        None if zero_point is None else np.full(scale_shape, zero_point),
+        (((2,), (0,)), ((), ())),
+        "rhs",
+        (2,),
+    )
+
+
+INT8, FP8 = ActQuant("int8", (2,)), ActQuant("float8_e4m3fn", (2,))
+METHODS = {
+    DotMethod.INT8: [(INT8, (1, 4)), (INT8, (1, 1))],
+    DotMethod.INT8_GROUPS: [(INT8, (2, 4)), (INT8, (8, 1))],
+    DotMethod.INT8_LOOP: [(INT8, (2, 4)), (INT8, (8, 1))],
+    DotMethod.CODES: [(None, (1, 4)), (INT8, (1, 2)), (FP8, (1, 4))],
+    DotMethod.SCALED_INPUT: [(None, (16, 1)), (None, (4, 1))],
+    DotMethod.GROUPS: [(None, (2, 4)), (None, (4, 1))],
+    DotMethod.DEQUANTIZE: [(None, (2, 4)), (INT8, (16, 4)), (FP8, (1, 2))],
+}
+
+
+@pytest.mark.parametrize("zero_point", [None, 3, 2.5])
+@pytest.mark.parametrize(
+    ("method", "act", "scale_shape"),
+    [(m, *case) for m, cases in METHODS.items() for case in cases],
+    ids=lambda v: getattr(v, "name", getattr(v, "dtype", str(v))),
+)
+def test_every_method(method, act, scale_shape, zero_point):
+    problem = _fixed(scale_shape, zero_point)
+    x = problem.x if act is None else fake_quantized(problem.x, act)
+    want = oracle.product(x, oracle.weight(*problem[1:4]), problem)
+    oracle.assert_close(run(problem, act, method=method), want)
+
+
+def test_fp8_on_both_sides():
+    problem = _fixed((1, 4))
+    values = jnp.asarray(problem.values, jnp.float8_e4m3fn)
+    want = oracle.product(fake_quantized(problem.x, FP8), oracle.weight(*problem[1:4]), problem)
+    for on_cpu in (False, True):
+        got = run(problem._replace(values=values), FP8, on_cpu=on_cpu)
+        oracle.assert_close(got, want)
+
+
+def choose(x_shape, scale_shape, act, dtype=np.int8, w_shape=(256, 512)):
+    axes = DotAxes.make((((1,), (0,)), ((), ())), 2, 2, "rhs")
+    return choose_dot(x_shape, w_shape, np.dtype(dtype), scale_shape, axes, act)
+
+
+def test_choice_bounds_partial_sums():
+    act = ActQuant("int8", (1,))
+    assert choose((8, 256), (2, 512), act).method is DotMethod.INT8_GROUPS
+    assert choose((9, 256), (2, 512), act).method is DotMethod.INT8_LOOP
+    assert choose((8, 256), (2, 512), None).method is DotMethod.GROUPS
+    assert choose((9, 256), (2, 512), None).method is DotMethod.DEQUANTIZE
+    wide = {"w_shape": (256, 2**19)}
+    assert choose((8, 256), (2, 2**19), act, **wide).method is DotMethod.INT8_LOOP
+    assert choose((8, 256), (2, 2**19), None, **wide).method is DotMethod.DEQUANTIZE
+    assert choose((8, 256), (64, 512), act).method is DotMethod.DEQUANTIZE
+    assert "too short" in choose((8, 256), (64, 512), act).reason
+
+
+def test_a_loop_over_groups_needs_no_memory_for_all_sums():
+    act = ActQuant("int8", (1,))
+    fn = jax.jit(
+        functools.partial(
+            reference.dot_general, dimension_numbers=(((1,), (0,)), ((), ())), act=act
+        )
+    )
+    args = [
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in [((256, 512), np.float32), ((512, 256), np.int8), ((16, 256), np.float32)]
+    ]
+    memory = fn.lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20  # all groups' sums would take 4 MiB
+
+
+def test_large_products_in_slices_of_rows(monkeypatch):
+    monkeypatch.setattr(row_slices, "WHOLE_SUMS", 8)
+    monkeypatch.setattr(row_slices, "SLICE_SUMS", 8)
+    problem = _fixed((1, 4), 3)
+    x = np.stack([problem.x, -problem.x], 1)[:, :, :1]  # [3, 2, 1, 16]
+    problem = problem._replace(x=x.astype(np.float32), dimension_numbers=(((3,), (0,)), ((), ())))
+    for act in (ActQuant("int8", (3,)), ActQuant("int8", (0, 1, 2, 3))):
+        want = oracle.product(fake_quantized(x, act), oracle.weight(*problem[1:4]), problem)
+        got = run(problem, act, on_cpu=True)
+        oracle.assert_close(got, want)
+        np.testing.assert_array_equal(got, run(problem, act))
+
+
+def test_static_scale_per_expert():
+    rng = np.random.default_rng(0)
+    x, values = rng.normal(size=(5, 8)).astype(np.float32), rng.integers(-7, 8, (3, 8, 4))
+    given = np.array([0.01, 0.02, 0.05], np.float32).reshape(3, 1, 1)
+    act = ActQuant("int8", (0, 1), static=True)
+    fn = functools.partial(
+        reference.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), act=act
+    )
+    got = jax.jit(fn)(x, values.astype(np.int8), np.ones((1, 1, 4), np.float32), None, given)
+    for e in range(3):
+        codes = np.clip(np.rint(x.astype(np.float64) / given[e, 0, 0]), -127, 127)
+        want = codes * given[e, 0, 0].astype(np.float64) @ values[e]
+        oracle.assert_close(got[:, e], want)
+    with pytest.raises(ValueError, match="size 8 on the weight's contracted axis 1"):
+        fn(x, values.astype(np.int8), np.ones((1, 1, 4)), None, np.ones((3, 8, 1)))
+
+
+def test_an_activation_of_size_zero():
+    problem = _fixed((1, 4))
+    for act in (None, INT8):
+        assert run(problem._replace(x=problem.x[:0]), act).shape == (0, 2, 4)

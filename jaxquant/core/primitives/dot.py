@@ -137,7 +137,7 @@ def _compute(
     weight_side: Side,
     precision: Any,
     out_dtype: np.dtype,
-    narrow_fp8: bool,
+    on_cpu: bool,
 ) -> jax.Array:
     w = unflatten(tree, leaves)
     return reference.dot_general(
@@ -149,18 +149,18 @@ def _compute(
         act=act,
         precision=precision,
         out_dtype=out_dtype,
-        narrow_fp8=narrow_fp8,
+        on_cpu=on_cpu,
     )
 
 
-def _lower(ctx: Any, *args: Any, narrow_fp8: bool, **params: Any) -> Any:
+def _lower(ctx: Any, *args: Any, on_cpu: bool, **params: Any) -> Any:
     del params["preferred_element_type"], params["out_sharding"]  # the output's aval has both
-    fn = functools.partial(_compute, out_dtype=ctx.avals_out[0].dtype, narrow_fp8=narrow_fp8)
+    fn = functools.partial(_compute, out_dtype=ctx.avals_out[0].dtype, on_cpu=on_cpu)
     return _compat.lower_without_shardings(fn)(ctx, *args, **params)
 
 
 quantized_dot_general_p.def_abstract_eval(_abstract_eval)
-mlir.register_lowering(quantized_dot_general_p, functools.partial(_lower, narrow_fp8=True))
+mlir.register_lowering(quantized_dot_general_p, functools.partial(_lower, on_cpu=False))
 mlir.register_lowering(
-    quantized_dot_general_p, functools.partial(_lower, narrow_fp8=False), platform="cpu"
+    quantized_dot_general_p, functools.partial(_lower, on_cpu=True), platform="cpu"
 )
