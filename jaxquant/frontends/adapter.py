@@ -135,15 +135,17 @@ class NnxAdapter(ModelAdapter):
         graphdef, state = flax_nnx.split(self.model)
 
         def fn(tree: Any, *args: Any, **kwargs: Any) -> Any:
-            copy = flax_nnx.merge(graphdef, tree)
+            copy = flax_nnx.merge(graphdef, tree, copy=True)
             with nnx_scopes(copy):
                 return copy(*args, **kwargs)
 
-        return fn, state if variables is None else variables
+        if variables is None:
+            variables = jax.tree_util.tree_map(lambda x: x, state)  # not the live variables
+        return fn, variables
 
     def with_tree(self, tree: Any) -> Any:
         """A new module of the same structure that holds the tree."""
-        return flax_nnx.merge(flax_nnx.graphdef(self.model), tree)
+        return flax_nnx.merge(flax_nnx.graphdef(self.model), tree, copy=True)
 
     def apply(self, tree: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a module that holds the tree; updates of its state are dropped."""

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxquant.core.names import path_string
+from jaxquant.core.names import module_scope, path_string
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe
 from jaxquant.frontends import trees
@@ -141,7 +141,8 @@ class _MethodCall:
             # containers are copied: a dict that a variable holds may be written in place
             nodes = context.unflatten(self.graphdef, jax.tree_util.tree_map(lambda x: x, leaves))
         args, kwargs = _put_nodes_back((args, kwargs), nodes[1:])
-        with nnx_scopes(nodes[0], *nodes[1:]):
+        root = type(nodes[0])
+        with nnx_scopes(nodes[0], *nodes[1:]), module_scope("", root):
             out = self.method.__get__(nodes[0], type(nodes[0]))(*args, **kwargs)
         if any(map(_is_node, jax.tree_util.tree_leaves(out, is_leaf=_is_node))):
             raise _ReturnsNodeError
