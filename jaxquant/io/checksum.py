@@ -89,8 +89,9 @@ def _start(array: Any) -> tuple[Any, Any]:
         return host_checksum(np.asarray(array))
     sharding = array.sharding
     if isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated:
+        mesh: Any = sharding.mesh
         # The mesh of the array, in case the caller works under another one.
-        with jax.set_mesh(sharding.mesh):
+        with jax.set_mesh(mesh):
             return _sharded(sharding)(array)
     if sharding.is_fully_replicated:
         array = array.addressable_shards[0].data

@@ -16,7 +16,7 @@ from rich.text import Text
 from jaxquant.core.names import path_string
 from jaxquant.core.recipe import ActScheme, Recipe
 from jaxquant.io.containers import Place
-from jaxquant.io.manifest import VERSION, CheckpointError, Manifest
+from jaxquant.io.manifest import CheckpointError, Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def make_info(
         raise CheckpointError(f"{where}: malformed recipe: {error}") from error
     return CheckpointInfo(
         path=where,
-        version=VERSION,
+        version=manifest.version,
         writer={str(k): str(v) for k, v in manifest.writer.items()},
         container=str(manifest.tree.get("kind")),
         recipe=recipe,

@@ -114,6 +114,7 @@ class Manifest:
       recipe: the recipe as JSON, or None.
       metadata: the user's own JSON value.
       writer: versions of the packages that wrote it.
+      version: format version.
     """
 
     tree: Any
@@ -123,14 +124,16 @@ class Manifest:
     recipe: Any
     metadata: Any
     writer: dict[str, str]
+    version: int = VERSION
 
     def seal(self) -> dict[str, Any]:
         """The JSON object that goes to disk."""
         body = dataclasses.asdict(self)
+        version = body.pop("version")
         text = json.dumps(body, allow_nan=False, separators=(",", ":"))
         if len(text) > MAX_BYTES:
             raise ValueError(f"the manifest takes {len(text)} bytes; at most {MAX_BYTES} are read")
-        return {"format": FORMAT, "version": VERSION, "sha256": _digest(text), "manifest": text}
+        return {"format": FORMAT, "version": version, "sha256": _digest(text), "manifest": text}
 
     @classmethod
     def open(cls, raw: bytes, where: str) -> Manifest:
@@ -168,6 +171,7 @@ class Manifest:
             recipe=take(body, "recipe", (dict, type(None)), where),
             metadata=take(body, "metadata", object, where),
             writer=take(body, "writer", dict, where),
+            version=version,
         )
 
 

@@ -82,8 +82,12 @@ class QTensorCodec:
             parts.append(decoder.decode(child, place.child(part)))
         try:
             act = None if static["act"] is None else ActScheme.from_json(static["act"])
+            codes, scale, zero_point, input_scale = parts
             tensor = QTensor(
-                *parts,
+                codes,
+                scale,
+                zero_point,
+                input_scale,
                 get_qtype(static["qtype"]),
                 jnp.dtype(static["dtype"]),
                 act,
