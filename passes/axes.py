@@ -9,6 +9,7 @@ with a reason where the result has no such description, and then the way of the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -47,6 +48,8 @@ class Origin:
       splits: (axis, n): the axis was cut into pieces of n, so blocks along it must divide n or be
         multiples of n.
       aligns: (axis, n): the axis was sliced, so blocks along it must divide n, or be the axis.
+      merges: (major, minor): two axes became one dimension, so blocks along the major one need the
+        minor one whole; -1 stands for a dimension that was broadcast.
       gathered: the site of the lookup by an array of indices, or None.
     """
 
@@ -56,6 +59,7 @@ class Origin:
     removed: tuple[tuple[Factor, Role], ...] = ()
     splits: frozenset[tuple[int, int]] = frozenset()
     aligns: frozenset[tuple[int, int]] = frozenset()
+    merges: frozenset[tuple[int, int]] = frozenset()
     gathered: tuple[int, ...] | None = None
 
     def size(self, dim: int) -> int:
@@ -129,7 +133,7 @@ def reshape(origin: Origin, old: Sequence[int], new: Sequence[int]) -> Origin:
         raise Unstructured("the array is empty")
     dims: list[tuple[Factor, ...]] = [()] * len(new)
     starts = [0] * len(new)
-    splits = set(origin.splits)
+    splits, merges = set(origin.splits), set(origin.merges)
     for ins, outs in _groups(old, new):
         whole_dims = all(origin.starts[i] == 0 and origin.size(i) == old[i] for i in ins)
         if len(ins) == 1 and len(outs) == 1:
@@ -140,8 +144,14 @@ def reshape(origin: Origin, old: Sequence[int], new: Sequence[int]) -> Origin:
             pieces = [f for i in ins for f in origin.dims[i]]
             for out in outs:
                 dims[out], pieces = _take(pieces, new[out], splits)
+                axes = [-1 if f.axis is None else f.axis for f in dims[out]]
+                merges |= {(a, b) for a, b in itertools.combinations(axes, 2) if a != b}
     return dataclasses.replace(
-        origin, dims=tuple(dims), starts=tuple(starts), splits=frozenset(splits)
+        origin,
+        dims=tuple(dims),
+        starts=tuple(starts),
+        splits=frozenset(splits),
+        merges=frozenset(merges),
     )
 
 

@@ -26,6 +26,7 @@ class AxisUse:
       parts: (length, role) of its pieces, major to minor; one piece unless it was reshaped.
       splits: lengths it was cut into; blocks must divide them or be multiples.
       align: blocks must divide this or be the whole axis, because the axis was sliced; else 0.
+      minors: axes that were merged behind this one; blocks along it need all of theirs.
     """
 
     axis: int
@@ -33,6 +34,7 @@ class AxisUse:
     parts: tuple[tuple[int, Role], ...]
     splits: tuple[int, ...] = ()
     align: int = 0
+    minors: tuple[int, ...] = ()
 
     @property
     def role(self) -> Role:
@@ -148,6 +150,7 @@ def axis_uses(
                 _merged([(f.extent, role) for f, role in pieces]),
                 tuple(sorted(splits)),
                 math.gcd(*(n for a, n in origin.aligns if a == axis)),
+                tuple(sorted(minor for major, minor in origin.merges if major == axis)),
             )
         )
     return tuple(uses)

@@ -65,7 +65,7 @@ def _groups(use: OpUse, scheme: WeightScheme, path: str) -> tuple[int, ...]:
     group = scheme.group_size
     assert group is not None
     left = group
-    for axis in reversed(use.axes):
+    for axis in _minor_first(use):
         run = summed(use, axis)
         if left == 1 or run == 1:
             continue
@@ -79,9 +79,22 @@ def _groups(use: OpUse, scheme: WeightScheme, path: str) -> tuple[int, ...]:
     return tuple(blocks)
 
 
+def _minor_first(use: OpUse) -> list[AxisUse]:
+    """Last axes first, but behind those that a merge made minor to them."""
+    ordered: list[AxisUse] = []
+    waiting = list(reversed(use.axes))
+    while waiting:
+        done = {axis.axis for axis in ordered}
+        ready = (a for a in waiting if done.issuperset({m for m in a.minors if m >= 0}))
+        axis = next(ready, waiting[0])
+        waiting.remove(axis)
+        ordered.append(axis)
+    return ordered
+
+
 def _does_not_divide(use: OpUse, group: int, path: str) -> str:
-    axes = [axis for axis in use.axes if summed(use, axis) > 1]
-    last = axes[-1]
+    axes = [axis for axis in _minor_first(use) if summed(use, axis) > 1]
+    last = axes[0]
     run = summed(use, last)
     shape = tuple(axis.length for axis in use.axes)
     part = f" (in pieces of {run})" if run != last.length else ""

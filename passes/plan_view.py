@@ -130,7 +130,10 @@ def _left_float(rows: Sequence[PlanRow]) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        table.add_column(name, overflow="fold")
+        whole = name in ("shape", "bytes", "ops")
+        table.add_column(
+            name, overflow="fold", no_wrap=whole, min_width=26 if name == "op" else None
+        )
     return table
 
 

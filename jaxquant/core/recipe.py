@@ -167,9 +167,7 @@ class Recipe:
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> Recipe:
         """The inverse of `to_json`; also takes its JSON text."""
-        if isinstance(data, str):
-            data = json.loads(data)
-        fields = checked_fields(cls, data)
+        fields = checked_fields(cls, json.loads(data) if isinstance(data, str) else data)
         return cls(fields["name"], tuple(Rule.from_json(rule) for rule in fields["rules"]))
 
 

@@ -71,6 +71,10 @@ def heads(p, x):
     return jnp.einsum("bhd,khd->bhk", x, p["w"].reshape(8, 4, 16))
 
 
+def merged_backwards(p, x):
+    return x @ p["w"].transpose(1, 0, 2).reshape(64, 6)
+
+
 TENSOR = WeightScheme("int8", granularity="tensor")
 
 
@@ -85,6 +89,8 @@ TENSOR = WeightScheme("int8", granularity="tensor")
         (groups(8), out_proj, (4, 16, 6), f32(2, 4, 16), (1, 8, 1)),
         (groups(32), out_proj, (4, 16, 6), f32(2, 4, 16), (2, 16, 1)),
         (groups(64), out_proj, (4, 16, 6), f32(2, 4, 16), (4, 16, 1)),
+        (groups(2), merged_backwards, (4, 16, 6), f32(2, 64), (2, 1, 1)),
+        (groups(8), merged_backwards, (4, 16, 6), f32(2, 64), (4, 2, 1)),
         (INT8, experts, (3, 64, 6), f32(3, 5, 64), (1, 64, 1)),
         (TENSOR, experts, (3, 64, 6), f32(3, 5, 64), (1, 64, 6)),
         (groups(16), experts, (3, 64, 6), f32(3, 5, 64), (1, 16, 1)),

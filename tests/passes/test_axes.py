@@ -1,86 +1,17 @@
 """Provenance against brute force: every element of a value knows the indices it came from."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxquant.core.blocks import divisors
+from jaxquant.core.qtensor import make_qtensor
 from jaxquant.core.structure import Unstructured
 from jaxquant.passes import axes
 from jaxquant.passes.op_use import axis_uses
-
-
-def factorisations(n):
-    """All ordered ways to write n as a product of one to three sizes, ones included."""
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    return [(a, b, n // a // b) for a in divisors for b in divisors if n // a % b == 0] + [
-        (n,),
-        (1, n),
-        (n, 1),
-    ]
-
-
-@st.composite
-def moves(draw):
-    """A parameter's shape, and a chain of operations as (name, arguments)."""
-    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=3)))
-    chain, now = [], shape
-    for _ in range(draw(st.integers(0, 5))):
-        kind = draw(st.sampled_from(["transpose", "reshape", "split", "slice", "broadcast"]))
-        if kind == "transpose":
-            arg = tuple(draw(st.permutations(range(len(now)))))
-            new = tuple(now[p] for p in arg)
-        elif kind == "reshape":
-            arg = new = draw(st.sampled_from(factorisations(int(np.prod(now)))))
-        elif kind == "split":
-            dim = draw(st.integers(0, len(now) - 1))
-            parts = draw(st.sampled_from(factorisations(now[dim])))
-            arg = new = (*now[:dim], *parts, *now[dim + 1 :])
-        elif kind == "slice":
-            dim = draw(st.integers(0, len(now) - 1))
-            start = draw(st.integers(0, now[dim] - 1))
-            arg = (dim, start, draw(st.integers(start + 1, now[dim])))
-            new = (*now[:dim], arg[2] - start, *now[dim + 1 :])
-        else:
-            dim = draw(st.integers(0, len(now)))
-            new = (*now[:dim], draw(st.sampled_from([1, 2])), *now[dim:])
-            arg = (new, tuple(d for d in range(len(new)) if d != dim))
-        if len(new) > 5 or np.prod(new) > 2000:
-            break
-        chain.append((kind, arg))
-        now = new
-    return shape, chain
-
-
-def follow(origin, shape, chain):
-    for kind, arg in chain:
-        if kind == "transpose":
-            origin, shape = axes.transpose(origin, arg), tuple(shape[p] for p in arg)
-        elif kind in ("reshape", "split"):
-            origin, shape = axes.reshape(origin, shape, arg), arg
-        elif kind == "slice":
-            dim, start, limit = arg
-            origin = axes.slice_dim(origin, dim, shape[dim], start, limit, 1)
-            shape = (*shape[:dim], limit - start, *shape[dim + 1 :])
-        else:
-            origin, shape = axes.broadcast_in_dim(origin, shape, *arg), arg[0]
-    return origin, shape
-
-
-def execute(x, chain):
-    for kind, arg in chain:
-        if kind == "transpose":
-            x = x.transpose(arg)
-        elif kind in ("reshape", "split"):
-            x = x.reshape(arg)
-        elif kind == "slice":
-            dim, start, limit = arg
-            x = x[(slice(None),) * dim + (slice(start, limit),)]
-        else:
-            new, dims = arg
-            (added,) = set(range(len(new))) - set(dims)
-            x = np.broadcast_to(np.expand_dims(x, added), new)
-    return x
+from tests.passes.moves import execute, follow, moves, numbered, restructure
 
 
 def predicted(origin, shape, axis):
@@ -137,6 +68,33 @@ def test_reshape_without_slices_always_follows_aligned_splits(shape, data):
     chain = [("reshape", fine), ("reshape", tuple(merged)), ("reshape", tuple(shape))]
     origin, _ = follow(axes.whole(0, shape), shape, chain)
     assert origin.dims == axes.whole(0, shape).dims
+
+
+@settings(max_examples=50, deadline=None)
+@given(moves(), st.data())
+def test_blocks_that_a_use_allows_survive_the_way(case, data):
+    """Where the way can be followed, codes and scales can follow it, exactly."""
+    shape, chain = case
+    try:
+        origin, out = follow(axes.whole(0, shape), shape, chain)
+    except Unstructured:
+        return
+    roles = data.draw(st.lists(st.sampled_from(["contract", "free", "batch"]), min_size=len(out)))
+    found = axis_uses(origin, shape, roles.__getitem__)
+    blocks = [
+        data.draw(st.sampled_from([n for n in divisors(use.contracted) if use.allows(n)]))
+        for use in found
+    ]
+    for use in found:  # blocks along merged axes must nest
+        if any(blocks[use.axis] > 1 and m >= 0 and blocks[m] < shape[m] for m in use.minors):
+            return
+    if any(major == -1 and blocks[minor] < shape[minor] for major, minor in origin.merges):
+        return
+    counts = [n // b for n, b in zip(shape, blocks, strict=True)]
+    scale = jnp.arange(1, 1 + int(np.prod(counts)), dtype=jnp.float32).reshape(counts)
+    w = make_qtensor(numbered(shape).astype(jnp.int8), scale, qtype="int8")
+    expected = execute(np.asarray(w.dequantize()), chain)
+    np.testing.assert_array_equal(restructure(w, chain).dequantize(), expected)
 
 
 def uses(shape, chain, roles):
