@@ -69,16 +69,22 @@ class DotAxes(NamedTuple):
     @property
     def stacked(self) -> DotAxes:
         """The same product with one more batch axis, the first of both operands."""
-        parts = [tuple(a + 1 for a in part) for part in self[:6]]
-        parts[1], parts[4] = (0, *parts[1]), (0, *parts[4])
-        return DotAxes(*parts, weight_side=self.weight_side)
+        return DotAxes(
+            _shifted(self.x_contract),
+            (0, *_shifted(self.x_batch)),
+            _shifted(self.x_free),
+            _shifted(self.w_contract),
+            (0, *_shifted(self.w_batch)),
+            _shifted(self.w_free),
+            self.weight_side,
+        )
 
     @property
     def with_x_row(self) -> DotAxes:
         """The same product after an axis was put in front of an x that has no free axes."""
-        contract = tuple(a + 1 for a in self.x_contract)
-        batch = tuple(a + 1 for a in self.x_batch)
-        return self._replace(x_contract=contract, x_batch=batch, x_free=(0,))
+        return self._replace(
+            x_contract=_shifted(self.x_contract), x_batch=_shifted(self.x_batch), x_free=(0,)
+        )
 
     def without_w_free(self, axis: int) -> DotAxes:
         """The same product after a free axis of the weight was taken out."""
@@ -134,6 +140,11 @@ class DotAxes(NamedTuple):
         by_target = tuple(s for _, s in sorted(zip(targets, sources, strict=True)))
         part = lax.transpose(part, _ranks(by_target, self.w_free))
         return lax.expand_dims(part, self.x_free)
+
+
+def _shifted(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes' numbers behind a new leading axis."""
+    return tuple(a + 1 for a in axes)
 
 
 def _others(ndim: int, taken: tuple[int, ...]) -> tuple[int, ...]:

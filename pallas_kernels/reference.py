@@ -255,9 +255,8 @@ def _by_group(
     """
     counts = [scale_shape[a] for a in axes.w_contract]
     x, *weight = operands
-    grouped = [_split_off(x, axes.x_contract, counts)]
-    grouped += [None if w is None else _split_off(w, axes.w_contract, counts) for w in weight]
-    return tuple(grouped)
+    parts = (None if w is None else _split_off(w, axes.w_contract, counts) for w in weight)
+    return _split_off(x, axes.x_contract, counts), *parts
 
 
 def _split_off(array: jax.Array, axes: tuple[int, ...], counts: list[int]) -> jax.Array:

@@ -7,9 +7,8 @@ and the primitives; nothing here knows what quantization is.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +60,7 @@ __all__ = [
     "split_p",
     "stack_p",
     "unstack_p",
+    "zero_tangent",
 ]
 
 # One and the same primitive from jax 0.12 on.
@@ -115,15 +115,24 @@ def source_line(eqn: Any) -> str:
     return str(_source_info.summarize(eqn.source_info))
 
 
-@contextlib.contextmanager
-def equation_context(eqn: Any) -> Iterator[None]:
+class equation_context:  # noqa: N801 (used as a function; a class costs half a generator)
     """Rebinding inside keeps the equation's traceback, name stack, mesh and metadata."""
-    names = _source_info.current_name_stack() + eqn.source_info.name_stack
-    with (
-        _source_info.user_context(eqn.source_info.traceback, name_stack=names),
-        eqn.ctx.manager,
-    ):
-        yield
+
+    __slots__ = ("_user", "_settings")
+
+    def __init__(self, eqn: Any) -> None:
+        info, outer = eqn.source_info, _source_info.current_name_stack()
+        names = outer + info.name_stack if outer.stack else info.name_stack
+        self._user = _source_info.user_context(info.traceback, name_stack=names)
+        self._settings = eqn.ctx.manager
+
+    def __enter__(self) -> None:
+        self._user.__enter__()
+        self._settings.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._settings.__exit__(*error)
+        self._user.__exit__(*error)
 
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
@@ -199,6 +208,11 @@ def make_primitive(name: str) -> Any:
     primitive = _core.Primitive(name)
     primitive.def_impl(functools.partial(_dispatch.apply_primitive, primitive))
     return primitive
+
+
+def zero_tangent(value: Any) -> Any:
+    """The symbolic zero tangent of a value."""
+    return _ad.Zero(_core.typeof(value).to_tangent_aval())
 
 
 def match_varying(*args: Any) -> list[Any]:

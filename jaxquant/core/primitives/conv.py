@@ -19,8 +19,9 @@ from jaxquant.core.primitives.linear import (
     float_parameters,
     make_linear_primitive,
     result_dtype,
+    unflatten_all,
 )
-from jaxquant.core.primitives.weights import reference_parts, unflatten
+from jaxquant.core.primitives.weights import reference_parts
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference_conv
 
@@ -89,7 +90,7 @@ def _batch(axis_data: Any, args: Any, dims: Any, *, tree: Any, **params: Any) ->
     x = jnp.moveaxis(x, x_dim, into)
     size, batch = x.shape[into : into + 2]
     x = x.reshape(*x.shape[:into], size * batch, *x.shape[into + 2 :])
-    (w,) = unflatten(tree, leaves)
+    (w,) = unflatten_all(tree, leaves)
     out = bind_conv(x, w, **params)
     return out.reshape(*out.shape[:out_of], size, batch, *out.shape[out_of + 1 :]), out_of
 

@@ -39,7 +39,7 @@ def _batch(
 def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, tree: Any) -> tuple[Any, Any]:
     refuse_gradient(dequantize_p.name, tree, tangents)
     out = dequantize_p.bind(*primals, tree=tree)
-    return out, ad.Zero.from_primal_value(out)
+    return out, _compat.zero_tangent(out)
 
 
 def _compute(*leaves: jax.Array, tree: Any) -> jax.Array:

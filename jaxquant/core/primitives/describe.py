@@ -39,7 +39,7 @@ def describe_lowering(
       E.g. `("xla: int8 dot", "integer codes on both sides, int32 sums")`.
     """
     axes = DotAxes.make(dimension_numbers, len(x.shape), w.ndim, weight_side)
-    act = act_quant(w.act, len(x.shape), axes.x_contract)
+    act = w.act and act_quant(w.act, len(x.shape), axes.x_contract)
     choice = choose_dot(
         tuple(x.shape), w.shape, reference_dtype(w), tuple(w.scale.shape), axes, act
     )

@@ -71,7 +71,7 @@ def quantized_dot_general(
     )
     preferred = None if preferred_element_type is None else np.dtype(preferred_element_type)
     axes = DotAxes.make(dims, np.ndim(x), w.ndim, weight_side)
-    act = act_quant(w.act, np.ndim(x), axes.x_contract)
+    act = w.act and act_quant(w.act, np.ndim(x), axes.x_contract)
     if act is not None and act.static and w.input_scale is None:
         raise ValueError(
             f"the weight's activation scheme is static ({w.act}), but it has no input_scale: "

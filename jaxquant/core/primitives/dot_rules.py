@@ -101,7 +101,7 @@ def _jvp(
     refuse_gradient(quantized_dot_general_p.name, tree, leaf_tangents)
     out = quantized_dot_general_p.bind(x, *leaves, tree=tree, **params)
     if not _compat.has_tangent(x_tangent):
-        return out, ad.Zero.from_primal_value(out)
+        return out, _compat.zero_tangent(out)
     params["act"] = None
     return out, bind_dot(x_tangent, unflatten(tree, leaves), **params)
 

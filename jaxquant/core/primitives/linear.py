@@ -7,7 +7,6 @@ transpose and batching rules. `conv.py` and `ragged.py` call `make_linear_primit
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,6 @@ from jaxquant.core.primitives.weights import (
     bind_leaves,
     logical_aval,
     refuse_gradient,
-    unflatten,
 )
 from jaxquant.core.qtensor import QTensor
 
@@ -49,11 +47,11 @@ def make_linear_primitive(
     primitive = _compat.make_primitive(name)
 
     def flat(x: jax.Array, *leaves: jax.Array, tree: Any, **params: Any) -> jax.Array:
-        w, *extras = _split(leaves, tree)
+        w, *extras = unflatten_all(tree, leaves)
         return compute(x, w, *extras, **params)
 
     def abstract_eval(x: Any, *leaves: Any, tree: Any, **params: Any) -> Any:
-        w, *extras = _split(leaves, tree)
+        w, *extras = unflatten_all(tree, leaves)
         return float_primitive.abstract_eval(x, logical_aval(w), *extras, **params)[0]
 
     def jvp(primals: Any, tangents: Any, *, tree: Any, **params: Any) -> tuple[Any, Any]:
@@ -61,13 +59,16 @@ def make_linear_primitive(
         refuse_gradient(name, tree, leaf_tangents)
         out = primitive.bind(*primals, tree=tree, **params)
         if not _compat.has_tangent(x_tangent):
-            return out, ad.Zero.from_primal_value(out)
+            return out, _compat.zero_tangent(out)
         return out, primitive.bind(x_tangent, *primals[1:], tree=tree, **params)
 
     def transpose(cotangent: Any, x: Any, *leaves: Any, tree: Any, **params: Any) -> list[Any]:
         if not _compat.has_tangent(cotangent):
             return [ad.Zero(x.aval)] + [None] * len(leaves)
-        of_x = functools.partial(_with_leaves, flat, leaves, {"tree": tree, **params})
+
+        def of_x(x: jax.Array) -> jax.Array:
+            return flat(x, *leaves, tree=tree, **params)
+
         (x_bar,) = jax.linear_transpose(of_x, x.aval)(cotangent)
         return [x_bar] + [None] * len(leaves)
 
@@ -81,8 +82,11 @@ def make_linear_primitive(
             pairs = zip((x, *leaves), (x_dim, *leaf_dims), strict=True)
             x, *leaves = (_leading(part, dim, axis_data.size) for part, dim in pairs)
             x_dim, leaf_dims = 0, [0] * len(leaves)
-        fn = functools.partial(flat, tree=tree, **params)
-        return jax.vmap(fn, (x_dim, *leaf_dims), axis_size=axis_data.size)(x, *leaves), 0
+
+        def one(x: jax.Array, *leaves: jax.Array) -> jax.Array:
+            return flat(x, *leaves, tree=tree, **params)
+
+        return jax.vmap(one, (x_dim, *leaf_dims), axis_size=axis_data.size)(x, *leaves), 0
 
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, _compat.lower_without_shardings(flat))
@@ -110,21 +114,17 @@ def result_dtype(x: jax.Array, w: QTensor, preferred: Any) -> Any:
     return preferred or jnp.promote_types(x.dtype, w.dtype)
 
 
-def _split(leaves: Any, tree: Any) -> Any:
-    return unflatten(tree, leaves)
-
-
-def _with_leaves(flat: Any, leaves: Any, params: Any, x: jax.Array) -> jax.Array:
-    return flat(x, *leaves, **params)
+def unflatten_all(tree: Any, leaves: Any) -> tuple[Any, ...]:
+    """`(w, *extras)` of a primitive's operands."""
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _equalize(tree: Any, leaves: Any, dims: Any, size: int) -> tuple[list[Any], list[Any]]:
     """Batches all parts of the weight, if one of them is batched; extras stay as they are."""
-    marked = unflatten(tree, list(zip(leaves, dims, strict=True)))
-    w, *extras = marked
+    w, *extras = unflatten_all(tree, list(zip(leaves, dims, strict=True)))
     pairs, w_tree = jax.tree.flatten(w, is_leaf=lambda t: type(t) is tuple)
     if any(dim is not None for _, dim in pairs):
-        w = batch_in_front(w_tree, *zip(*pairs, strict=True), size)
+        w = batch_in_front(w_tree, [p for p, _ in pairs], [d for _, d in pairs], size)
         pairs = [(jnp.broadcast_to(p, (size, *p.shape[1:])), 0) for p in jax.tree.leaves(w)]
     pairs = [*pairs, *extras]
     return [p for p, _ in pairs], [d for _, d in pairs]

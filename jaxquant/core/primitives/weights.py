@@ -43,10 +43,8 @@ def logical_aval(w: QTensor) -> Any:
     return w.codes.update(shape=w.shape, dtype=np.dtype(w.dtype), weak_type=False)
 
 
-def act_quant(act: ActScheme | None, x_ndim: int, contract: Sequence[int]) -> ActQuant | None:
+def act_quant(act: ActScheme, x_ndim: int, contract: Sequence[int]) -> ActQuant:
     """The scheme of a recipe for an x of `x_ndim` axes of which `contract` are contracted."""
-    if act is None:
-        return None
     axes = range(x_ndim) if act.granularity == "tensor" else contract
     dtype = "float8_e4m3fn" if act.qtype == "float8_e4m3" else act.qtype
     return ActQuant(dtype, tuple(sorted(axes)), act.mode == "static")
