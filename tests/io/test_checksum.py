@@ -83,7 +83,7 @@ PINNED = ["fdeaac3aae816efa", "54b04e6fa8f90ed0", "cc8c47be1c0b3a1d"]
         ((2, 4), ("a", "b"), P()),
     ],
 )
-@pytest.mark.parametrize("dtype", ["int4", "float32", "complex64"])
+@pytest.mark.parametrize("dtype", ["int4", "complex64"])
 def test_does_not_depend_on_sharding(mesh_shape, names, spec, dtype):
     array = random_bits((64, 2048), dtype)
     expected = checksum.checksums([array])
