@@ -4,11 +4,11 @@ Takes the uses that `find_weights` found and a recipe; the first rule that match
 decides it. The uses of one parameter are merged: it has one set of codes and scales. Called by
 explain and ptq. Nothing here quantizes.
 
-How the uses of one parameter are merged: a product decides the axes of the scales, else the
-lookup; further uses that these scales do not suit still work (the plan says how). A rule that
-skips one use keeps the whole parameter float. Never quantized: integers, vectors, parameters that
-no product sums over (norm gains and biases, also where an einsum applies them), and whatever has
-other uses only.
+How the uses of one parameter are merged: the product with most work decides the axes of the
+scales, else the lookup; further uses that these scales do not suit still compute the same, and the
+plan says how. A rule that skips one use keeps the whole parameter float. Never quantized: integers,
+vectors, parameters that no product sums over (norm gains and biases, also where an einsum applies
+them), and whatever has other uses only.
 """
 
 from __future__ import annotations
@@ -188,10 +188,14 @@ def _never_quantized(plan: ParamPlan) -> str:
 
 
 def _deciding(own: Sequence[tuple[OpUse, Rule | None]]) -> tuple[OpUse, Rule | None]:
-    """The use that decides the axes of the scales: the first product that sums, else a lookup."""
+    """The use that decides the axes of the scales: the product with most work, else a lookup.
+
+    The first of equals. The work tells a layer from what is done to its kernel on the side, such
+    as the power iteration of a spectral norm.
+    """
     products = [pair for pair in own if pair[0].is_product and pair[0].contracts]
     lookups = [pair for pair in own if pair[0].primitive == "gather"]
-    return (products or lookups)[0]
+    return max(products or lookups, key=lambda pair: pair[0].work)
 
 
 def _is_smaller(plan: ParamPlan, scheme: WeightScheme, blocks: Sequence[int]) -> bool:

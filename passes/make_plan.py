@@ -48,10 +48,11 @@ def make_plan(program: Program, assignment: Assignment, notes: Sequence[str] = (
             rows.append(_weightless_row(use, rule, events, assignment))
             continue
         plan = assignment.params[use.param]
-        if use.primitive == "other" and (plan.scheme is None or use.param not in weights):
+        if use.primitive == "other" and plan.scheme is None:
             continue  # said once for the parameter, below
-        rows.append(_row(use, rule, plan, events, sizes[use.param], use.param not in listed))
-        listed.add(use.param)
+        first = use.primitive != "other" and use.param not in listed
+        rows.append(_row(use, rule, plan, events, sizes[use.param], first))
+        listed.update([use.param] if first else [])
     rows += [
         _unused_row(p, sizes[p.path]) for p in assignment.params.values() if p.path not in listed
     ]
@@ -169,7 +170,7 @@ def _weightless_row(
     elif use.kind == "attention":
         reason = "a product of two activations; only a rule with op='attention' names it"
     else:
-        reason = "a product of two activations"
+        reason = "neither operand is a parameter"
     return PlanRow(
         path=use.module or "",
         cls=use.cls,

@@ -119,6 +119,13 @@ class OpUse:
         """Whether it sums over an axis of the parameter (a norm gain's product does not)."""
         return any(axis.contracted > 1 for axis in self.axes)
 
+    @property
+    def work(self) -> int:
+        """Multiplications of one execution, for products; 0 otherwise."""
+        if not self.is_product:
+            return 0
+        return math.prod(self.out.shape) * math.prod(axis.contracted for axis in self.axes)
+
     def with_role(self, role: Role) -> tuple[int, ...]:
         """The parameter's axes that have this role."""
         return tuple(a.axis for a in self.axes if a.role == role)

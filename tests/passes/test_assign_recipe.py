@@ -307,6 +307,21 @@ def test_skipping_one_use_keeps_the_parameter_float():
     assert "skips attend 'w'" in found.reason
 
 
+def test_the_product_with_most_work_decides():
+    def spectral(p, x):
+        v = jnp.ones(16) @ p["w"]  # a step of power iteration
+        return x @ (p["w"] / jnp.sum(v))
+
+    found = plan(INT8, spectral, (16, 8), f32(4, 16))
+    assert (found.block_shape, found.notes) == ((16, 1), ())
+
+    def backwards(p, x):
+        v = p["w"] @ jnp.ones(8)
+        return x @ (p["w"] / jnp.sum(v))
+
+    assert plan(INT8, backwards, (16, 8), f32(4, 16)).block_shape == (16, 1)
+
+
 def test_the_first_product_decides_and_the_others_are_reported():
     found = plan(INT8, lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, (16, 8), f32(2, 16))
     assert found.block_shape == (16, 1)
