@@ -55,34 +55,45 @@ def is_weight(x: Any) -> bool:
     return isinstance(x, Weight)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Context:
     """What a rule may know of its equation. Frozen: rules evolve without new signatures.
 
     Attributes:
       interpreter: the running interpreter.
       eqn: the equation.
-      site: its place: equation index, then sub-jaxpr number and equation index at each nesting.
-      names: scope names of the equation, outermost first, those of enclosing calls included.
-      outer: context of the enclosing call, if any.
+      index: its number in its jaxpr.
+      outer: context of the equation around it, if any.
+      sub: number of the sub-jaxpr of ``outer`` that it is in.
     """
 
     interpreter: Interpreter
     eqn: Any
-    site: Site
-    names: tuple[str, ...]
+    index: int
     outer: Context | None = None
+    sub: int = 0
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters of the equation."""
+        return self.eqn.params
+
+    @property
+    def site(self) -> Site:
+        """Its place: equation index, then sub-jaxpr number and equation index at each nesting."""
+        return (self.index,) if self.outer is None else (*self.outer.site, self.sub, self.index)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its scope names, outermost first, those of enclosing calls included."""
+        own = _compat.name_stack_names(self.eqn)
+        return own if self.outer is None else self.outer.names + own
 
     @property
     def source(self) -> str:
         """The user's source line: the equation's own, or that of the call around it."""
         own = _compat.source_line(self.eqn)
         return own if own or self.outer is None else self.outer.source
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Parameters of the equation."""
-        return self.eqn.params
 
     def run(self, sub: int, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """Evaluates sub-jaxpr number ``sub`` of this equation with the same interpreter."""
@@ -127,12 +138,11 @@ class Interpreter:
     #: Rules for equations with sub-jaxprs.
     control_rules: Mapping[Primitive, Rule]
 
-    def wants(self, ctx: Context, ins: Sequence[Any]) -> bool:
-        """Whether an equation with sub-jaxprs is entered although no input is a weight."""
-        return False
+    #: Whether `visit` wants to see the equations that have no weight among their inputs.
+    visits = False
 
     def visit(self, ctx: Context, ins: list[Any]) -> list[Any] | None:
-        """Called for an equation without weights; its outputs, or None to apply it unchanged."""
+        """The outputs of an equation without weights, or None to apply it unchanged."""
         return None
 
     def to_float(self, ctx: Context, weight: Weight, reason: str) -> Any:
@@ -157,8 +167,6 @@ class Interpreter:
           outer: context of the equation whose sub-jaxpr it is; None at the top.
           sub: number of the sub-jaxpr in that equation.
         """
-        site = () if outer is None else (*outer.site, sub)
-        names = () if outer is None else outer.names
         env: dict[Any, Any] = {}
 
         def read(atom: Any) -> Any:
@@ -169,21 +177,19 @@ class Interpreter:
         for index, eqn in enumerate(jaxpr.eqns):
             ins = [read(atom) for atom in eqn.invars]
             with _compat.equation_context(eqn):
-                own_names = _compat.name_stack_names(eqn)
-                ctx = Context(self, eqn, (*site, index), names + own_names, outer)
-                outs = self._evaluate(ctx, ins)
+                if self.visits or any(map(is_weight, ins)):
+                    outs = self._evaluate(Context(self, eqn, index, outer, sub), ins)
+                else:
+                    outs = _compat.bind(eqn, ins)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _evaluate(self, ctx: Context, ins: list[Any]) -> list[Any]:
         primitive = ctx.eqn.primitive
-        has_weight = any(map(is_weight, ins))
         control = self.control_rules.get(primitive)
         if control is not None:
-            if has_weight or self.wants(ctx, ins):
-                return control(ctx, ins)
-            return _compat.bind(ctx.eqn, ins)
-        if not has_weight:
+            return control(ctx, ins)
+        if not any(map(is_weight, ins)):
             outs = self.visit(ctx, ins)
             return _compat.bind(ctx.eqn, ins) if outs is None else outs
         rule = self.rules.get(primitive)

@@ -91,14 +91,11 @@ class Rewriter(Interpreter):
         self._on_event = on_event
         self._strict = strict
         self._op_rules = tuple(op_rules)
-
-    def wants(self, ctx: Context, ins: Sequence[Any]) -> bool:
-        """Products without weights may stand in any sub-jaxpr."""
-        return bool(self._op_rules)
+        self.visits = bool(op_rules)
 
     def visit(self, ctx: Context, ins: list[Any]) -> list[Any] | None:
         """Quantizes a product of two activations if a rule names it."""
-        if not self._op_rules or not is_attention_product(ctx.eqn, ctx.names):
+        if not is_attention_product(ctx.eqn, ctx.names):
             return None
         rule = rule_for(self._op_rules, ctx.names)
         if rule is None or rule.act is None:
@@ -136,6 +133,11 @@ class Rewriter(Interpreter):
             self._on_event(event)
         return primitives.dequantize(weight.value)
 
+    @property
+    def has_listener(self) -> bool:
+        """Whether anybody wants to know of decisions."""
+        return self._on_event is not None
+
     def report(self, ctx: Context, path: str, action: str, lowering: str, reason: str) -> None:
         """Tells the listener of a decision about the equation of ``ctx``."""
         if self._on_event is not None:
@@ -147,10 +149,12 @@ class Rewriter(Interpreter):
             )  # fmt: skip
 
 
-def _report(ctx: Context, weight: Weight, lowering: str, reason: str) -> None:
+def _report(ctx: Context, weight: Weight, describe: Callable[[], tuple[str, str]]) -> None:
+    """Reports a quantized op; its lowering and reason are worked out only if somebody listens."""
     interpreter = ctx.interpreter
     assert isinstance(interpreter, Rewriter)
-    interpreter.report(ctx, weight.path, "quantized", lowering, reason)
+    if interpreter.has_listener:
+        interpreter.report(ctx, weight.path, "quantized", *describe())
 
 
 # --- structural operations: codes and scales move alike -------------------------------------
@@ -302,6 +306,12 @@ def _scalar_factor(ctx: Context, ins: list[Any]) -> list[Any]:
     return [weight.replace(value=structure.scale_by(weight.value, factor))]
 
 
+_GATHER = (
+    "xla: gather codes and scales",
+    "only what is picked is read, and dequantized at its use",
+)
+
+
 @register(RULES, jp.gather_p)
 def _gather(ctx: Context, ins: list[Any]) -> list[Any]:
     weight, indices = ins
@@ -313,8 +323,7 @@ def _gather(ctx: Context, ins: list[Any]) -> list[Any]:
         mode=p["mode"], fill_value=p["fill_value"],
         indices_are_sorted=p["indices_are_sorted"], unique_indices=p["unique_indices"],
     )  # fmt: skip
-    lowering = "xla: gather codes and scales"
-    _report(ctx, weight, lowering, "only what is picked is read, and dequantized at its use")
+    _report(ctx, weight, lambda: _GATHER)
     return [weight.replace(value=value, gathered=True)]
 
 
@@ -333,20 +342,11 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
             lhs = ctx.float(lhs, reason)
     weight, x, side = (lhs, rhs, "lhs") if is_weight(lhs) else (rhs, lhs, "rhs")
     _require_float(x)
-    p = ctx.params
-    options = {"preferred_element_type": p["preferred_element_type"], "precision": p["precision"]}
-    out = primitives.quantized_dot_general(
-        x,
-        weight.value,
-        p["dimension_numbers"],
-        weight_side=side,
-        **options,
-        out_sharding=p["out_sharding"],
-    )
-    name, reason = primitives.describe_lowering(
-        x, weight.value, p["dimension_numbers"], weight_side=side
-    )
-    _report(ctx, weight, name, reason)
+    w, dims = weight.value, ctx.params["dimension_numbers"]
+    kept = ("precision", "preferred_element_type", "out_sharding")
+    options = {name: ctx.params[name] for name in kept}
+    out = primitives.quantized_dot_general(x, w, dims, weight_side=side, **options)
+    _report(ctx, weight, lambda: primitives.describe_lowering(x, w, dims, weight_side=side))
     return [_as(out, ctx)]
 
 
@@ -357,8 +357,8 @@ def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
         raise Unstructured("a weight is the input of a convolution")
     _require_float(x)
     out = primitives.bind_conv(x, weight.value, **ctx.params)
-    name, reason = primitives.describe_conv(weight.value, ctx.params["dimension_numbers"])
-    _report(ctx, weight, name, reason)
+    dims = ctx.params["dimension_numbers"]
+    _report(ctx, weight, lambda: primitives.describe_conv(weight.value, dims))
     return [_as(out, ctx)]
 
 
@@ -369,8 +369,7 @@ def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
         raise Unstructured("a weight is the left side of a ragged dot")
     _require_float(x)
     out = primitives.bind_ragged_dot(x, weight.value, group_sizes, **ctx.params)
-    name, reason = primitives.describe_ragged_dot(weight.value)
-    _report(ctx, weight, name, reason)
+    _report(ctx, weight, lambda: primitives.describe_ragged_dot(weight.value))
     return [_as(out, ctx)]
 
 
