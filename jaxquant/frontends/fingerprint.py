@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ def fingerprint(value: Any) -> Hashable:
 
 
 def _fingerprint(value: Any, where: str, seen: dict[int, int]) -> Hashable:
+    items: Iterator[Hashable]
     if isinstance(value, nn.Module):
         return _module(value, where, seen)
     if isinstance(value, float):

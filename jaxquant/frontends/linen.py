@@ -32,9 +32,16 @@ _KEPT = ("__init__", "__eq__", "__hash__")
 _CACHED_CALLS = 256
 
 
+def decorate_class(cls: Any, recipe: Recipe) -> Any:
+    """The decorated subclass of a Linen module class; `cls` itself is left as it is.
+
+    The same class and recipe give the same subclass, so instances of it share compiled calls.
+    """
+    return _decorated(cls, recipe)
+
+
 @functools.cache
-def decorate_class(cls: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
-    """The decorated subclass of a Linen module class; `cls` itself is left as it is."""
+def _decorated(cls: Any, recipe: Recipe) -> Any:
 
     @nn.nowrap
     @functools.wraps(cls.apply)
@@ -64,7 +71,8 @@ def decorate_class(cls: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     body = {name: vars(cls)[name] for name in _KEPT if name in vars(cls)}
     body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {RECIPE: recipe, "apply": apply, "__init_subclass__": classmethod(__init_subclass__)}
-    decorated = type(cls)(cls.__name__, (cls,), body)
+    metaclass: Any = type(cls)
+    decorated = metaclass(cls.__name__, (cls,), body)
     inherited = {name for base in decorated.__mro__ for name in vars(base)}
     _lift_methods(decorated, inherited - set(dir(nn.Module)) | {"__call__"})
     return decorated

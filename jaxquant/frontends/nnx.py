@@ -28,9 +28,16 @@ _CONTEXT = "jaxquant"  # tag of the nnx.update_context of a call
 _CACHED_CALLS = 256
 
 
+def decorate_class(cls: Any, recipe: Recipe) -> Any:
+    """The decorated subclass of an NNX module class; `cls` itself is left as it is.
+
+    The same class and recipe give the same subclass, so instances of it share compiled calls.
+    """
+    return _decorated(cls, recipe)
+
+
 @functools.cache
-def decorate_class(cls: type[nnx.Module], recipe: Recipe) -> type[nnx.Module]:
-    """The decorated subclass of an NNX module class; `cls` itself is left as it is."""
+def _decorated(cls: Any, recipe: Recipe) -> Any:
 
     def __init_subclass__(sub: type[nnx.Module], **kwargs: Any) -> None:
         super(decorated, sub).__init_subclass__(**kwargs)

@@ -100,7 +100,8 @@ def subclass(cls: type[nnx.Module], body: dict[str, Any]) -> type[nnx.Module]:
     """A subclass of an NNX module class under the same name, of the same pytree kind."""
     same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     kind = {"pytree": getattr(cls, "_pytree__is_pytree", True)}
-    return type(cls)(cls.__name__, (cls,), {**same, **body}, **kind)
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (cls,), {**same, **body}, **kind)
 
 
 def public_methods(cls: type) -> list[tuple[str, Any]]:

@@ -39,9 +39,9 @@ def same_leaf(new: Any, old: Any) -> bool:
     """Whether a value (a leaf or a small tree of leaves) consists of the very same leaves."""
     if new is old:
         return True
-    new_leaves, new_tree = jax.tree_util.tree_flatten(new)
-    old_leaves, old_tree = jax.tree_util.tree_flatten(old)
-    return new_tree == old_tree and all(a is b for a, b in zip(new_leaves, old_leaves, strict=True))
+    trees: list[Any] = [jax.tree_util.tree_structure(new), jax.tree_util.tree_structure(old)]
+    new_leaves, old_leaves = map(jax.tree_util.tree_leaves, (new, old))
+    return trees[0] == trees[1] and all(a is b for a, b in zip(new_leaves, old_leaves, strict=True))
 
 
 def mark_unchanged(new: Any, old: Any) -> Any:
