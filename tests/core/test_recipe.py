@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxquant.core.recipe import PRESETS, ActScheme, Recipe, Rule, WeightScheme, get_recipe
+from jaxquant.core.recipe import (
+    OP_KINDS,
+    PRESETS,
+    ActScheme,
+    Recipe,
+    Rule,
+    WeightScheme,
+    get_recipe,
+)
 
 W8 = WeightScheme("int8")
 
@@ -153,3 +161,8 @@ def test_short_names_say_what_a_reader_needs():
     assert str(ActScheme(mode="static")) == "int8 static"
     rule = Rule("a/**", op="dense", weight=W8)
     assert str(rule) == "Rule('a/**', op='dense', weight=int8 channel)"
+
+
+def test_the_documentation_names_every_preset_and_kind(repository):
+    text = (repository / "docs" / "recipes.md").read_text()
+    assert not [name for name in (*PRESETS, *OP_KINDS) if f"`{name}`" not in text]
