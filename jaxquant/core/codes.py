@@ -58,7 +58,10 @@ def encode(w: jax.Array, scale: jax.Array, zero_point: jax.Array | None, qtype: 
     parts = [scale] if zero_point is None else [scale, zero_point.astype(jnp.float32)]
 
     def fn(x: jax.Array, s: jax.Array, *z: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32) / jnp.where(s == 0, 1.0, s)
+        s = jnp.where(s == 0, 1.0, s)
+        # XLA multiplies by 1 / s, which for a huge s would be denormal and flushed to zero.
+        factor = jnp.where(s > 1.0, 0.25, 1.0)
+        y = (x.astype(jnp.float32) * factor) / (s * factor)
         return nearest_code(y + z[0] if z else y, qtype, symmetric=not z)
 
     return map_blocks(fn, w, *parts)

@@ -39,7 +39,8 @@ def scale_from_range(
 
     Symmetric: scale = max(|lo|, |hi|) / qmax. Asymmetric: the range is widened to include 0,
     scale = (hi - lo) / (qmax - qmin) and zero_point = the code nearest to where 0 falls, so that
-    zero is exact. mxfp4 takes the power of two 2^(floor(log2 max) - 2) (OCP MX 1.0, section
+    zero is exact. (Where lo and hi are both near the dtype's largest values, one end of the grid
+    would overflow; there the scale is less, and the other end is off by up to one scale.) mxfp4 takes the power of two 2^(floor(log2 max) - 2) (OCP MX 1.0, section
     6.3), which saturates values above 6.
 
     Args:
@@ -67,7 +68,9 @@ def scale_from_range(
     lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
     units = qtype.qmax - qtype.qmin
     is_zero = lo == hi
-    rough = jnp.where(is_zero, 1.0, jnp.maximum(hi / units - lo / units, _tiny(scale_dtype)))
+    # Neither the difference of huge values nor quotients of tiny ones can be represented.
+    width = jnp.where(hi - lo > 1.0, hi / units - lo / units, (hi - lo) / units)
+    rough = jnp.where(is_zero, 1.0, jnp.maximum(width, _tiny(scale_dtype)))
     below = qtype.step * jnp.clip(jnp.round(-lo / rough / qtype.step), 0, units // qtype.step)
     reach = jnp.maximum(below, units - below)
     scale = _storable(rough, is_zero, 1.0, scale_dtype, dtype, reach)
@@ -129,7 +132,7 @@ def double_quantize(scale: jax.Array, kept_axes: Sequence[int] = ()) -> QTensor:
             room //= block[axis]
     values = scale.astype(jnp.float32)
     lo, hi = reduce_blocks(values, block, jnp.min), reduce_blocks(values, block, jnp.max)
-    middle = lo / 2 + hi / 2
+    middle = lo + (hi - lo) / 2  # no over- or underflow
     # A range this narrow (one value, most often) is one code: middle = (0 - -1) * middle.
     narrow = hi - lo <= hi * 2.0**-16
     step = jnp.maximum(jnp.where(narrow, middle, (hi - lo) / 255), _tiny(jnp.float32))
