@@ -24,7 +24,6 @@ from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import centered, dequantize, spread_axis, spread_blocks
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import DotMethod, choose_dot
-from jaxquant.pallas_kernels.row_slices import map_row_slices
 
 
 def dot_general(
@@ -59,7 +58,7 @@ def dot_general(
       out_dtype: dtype of the result.
       method: the form to use; None lets `choose_dot` pick one. Others must fit the operands.
       on_cpu: multiply 8-bit floats as bfloat16, which holds them exactly and is twice as fast
-        without an fp8 unit; compute large integer products in slices of rows.
+        without an fp8 unit.
 
     Returns:
       Array laid out as lax.dot_general's.
@@ -89,15 +88,8 @@ def dot_general(
     x_scale = x_scale.astype(wide)
     if method in (DotMethod.INT8, DotMethod.INT8_GROUPS, DotMethod.INT8_LOOP):
         first = axes.x_first
-
-        def scaled(codes: jax.Array, x_scale: jax.Array) -> jax.Array:
-            out = _integer_dot(method, codes, values, scale, zero_point, first)
-            return (out * first.x_to_out(x_scale)).astype(out_dtype)
-
-        if on_cpu and method is DotMethod.INT8:
-            columns = axes.columns(values.shape)
-            return _move_weight(map_row_slices(scaled, (codes, x_scale), first, columns), axes)
-        return _move_weight(scaled(codes, x_scale), axes)
+        out = _integer_dot(method, codes, values, scale, zero_point, first)
+        return _move_weight(out * first.x_to_out(x_scale), axes).astype(out_dtype)
     if method is DotMethod.FP8:
         if on_cpu:
             codes, values = codes.astype(jnp.bfloat16), values.astype(jnp.bfloat16)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxquant.pallas_kernels import reference, row_slices
+from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.dot_method import DotMethod, choose_dot
@@ -128,19 +128,6 @@ def test_a_loop_over_groups_needs_no_memory_for_all_sums():
     ]
     memory = fn.lower(*args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**20  # all groups' sums would take 4 MiB
-
-
-def test_large_products_in_slices_of_rows(monkeypatch):
-    monkeypatch.setattr(row_slices, "WHOLE_SUMS", 8)
-    monkeypatch.setattr(row_slices, "SLICE_SUMS", 8)
-    problem = _fixed((1, 4), 3)
-    x = np.stack([problem.x, -problem.x], 1)[:, :, :1]  # [3, 2, 1, 16]
-    problem = problem._replace(x=x.astype(np.float32), dimension_numbers=(((3,), (0,)), ((), ())))
-    for act in (ActQuant("int8", (3,)), ActQuant("int8", (0, 1, 2, 3))):
-        want = oracle.product(fake_quantized(x, act), oracle.weight(*problem[1:4]), problem)
-        got = run(problem, act, on_cpu=True)
-        oracle.assert_close(got, want)
-        np.testing.assert_array_equal(got, run(problem, act))
 
 
 def test_static_scale_per_expert():
