@@ -17,19 +17,9 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax.sharding import PartitionSpec
 
-from jaxquant.io.containers import (
-    Decoder,
-    Encoder,
-    Node,
-    Place,
-    class_name,
-    decode_items,
-    decode_key,
-    encode_items,
-    encode_key,
-    register,
-)
+from jaxquant.io.containers import Decoder, Encoder, Node, Place, class_name, register
 from jaxquant.io.manifest import MAX_DEPTH, CheckpointError, take
+from jaxquant.io.python_codecs import decode_items, decode_key, encode_items, encode_key
 
 # Metadata by which variables name the mesh axes of their value; older Flax used the second.
 _AXIS_METADATA = ("out_sharding", "sharding_names")

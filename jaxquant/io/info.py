@@ -16,7 +16,7 @@ from rich.text import Text
 from jaxquant.core.names import path_string
 from jaxquant.core.recipe import ActScheme, Recipe
 from jaxquant.io.containers import Place
-from jaxquant.io.manifest import CheckpointError, Manifest
+from jaxquant.io.manifest import CheckpointError, LeafRecord, Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +126,8 @@ def make_info(
         rows.append(
             CheckpointRow(
                 path=path_string(path),
-                shape=records[0].shape if weight is None else tuple(weight["shape"]),
-                dtype=records[0].dtype if weight is None else weight["dtype"],
+                shape=records[0].leaf_shape if weight is None else tuple(weight["shape"]),
+                dtype=_dtype(records[0]) if weight is None else weight["dtype"],
                 qtype=None if weight is None else weight["qtype"],
                 act=None if act is None else str(ActScheme.from_json(act)),
                 arrays=len(records),
@@ -149,3 +149,7 @@ def make_info(
         nbytes=sum(record.nbytes for record in manifest.leaves),
         disk_bytes=disk_bytes,
     )
+
+
+def _dtype(record: LeafRecord) -> str:
+    return record.dtype if record.impl is None else f"key<{record.impl}>"

@@ -105,8 +105,8 @@ class AbstractLeaf:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the leaf; key arrays have one axis less than their data."""
-        return self.record.shape[:-1] if self.record.kind == "key" else self.record.shape
+        """Shape of the leaf."""
+        return self.record.leaf_shape
 
     @property
     def ndim(self) -> int:

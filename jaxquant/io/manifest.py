@@ -68,6 +68,11 @@ class LeafRecord:
         return math.prod(self.shape)
 
     @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """Shape of the leaf: key arrays have one axis less than their data."""
+        return self.shape[:-1] if self.kind == "key" else self.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes at real width: int4 takes half a byte an element."""
         return -(-self.size * checksum.element_bits(self.dtype) // 8)

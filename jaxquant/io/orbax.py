@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jaxquant.core.recipe import Recipe, get_recipe
-from jaxquant.io import flax_codecs, leaves, qtensor_codec, storage
+from jaxquant.io import flax_codecs, leaves, python_codecs, qtensor_codec, storage
 from jaxquant.io.checksum import checksums
 from jaxquant.io.containers import Decoder, Encoder, Place
 from jaxquant.io.info import CheckpointInfo, make_info
@@ -28,7 +28,7 @@ from jaxquant.io.placement import Placement, make_placer
 __all__ = ["inspect", "restore", "save"]
 
 _PathLike = str | os.PathLike[str]
-assert flax_codecs  # registers Flax's containers
+assert python_codecs and flax_codecs  # importing them registers their containers
 
 
 def save(

@@ -179,8 +179,7 @@ def _weight(record: LeafRecord, place: Place) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of the float weight that the array belongs to, or of the array itself."""
     if place.weight is not None:
         return tuple(place.weight["shape"]), jax.numpy.dtype(place.weight["dtype"])
-    shape = record.shape[:-1] if record.kind == "key" else record.shape
-    return shape, jax.numpy.dtype(record.dtype)
+    return record.leaf_shape, jax.numpy.dtype(record.dtype)
 
 
 def _default_device() -> jax.Device:
