@@ -59,7 +59,8 @@ def absmax_range(
         n = float(max(1, w.size // max(1, _count(w.shape, block_shape))))
         hi = reduce(lambda x, axis: jnp.sum(jnp.abs(x).astype(jnp.float32) / n, axis=axis))
     else:
-        hi = reduce(lambda x, axis: jnp.max(jnp.abs(x), axis=axis))
+        # Not max(abs(w)): on CPU XLA keeps a copy of |w| and takes many times as long.
+        hi = jnp.maximum(reduce(jnp.max), -reduce(jnp.min))
     return -hi, hi
 
 
