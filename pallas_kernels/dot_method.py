@@ -15,6 +15,7 @@ Measured on two cores of an AVX-512 VNNI CPU with jax 0.12, speed of float32 = 1
 from __future__ import annotations
 
 import enum
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from jaxquant.pallas_kernels.dot_axes import DotAxes
 GROUPED_ROWS = 8
 # ... unless the partial sums of all groups would be more elements than this (16 MiB of float32).
 GROUPED_ELEMENTS = 2**22
+# More contracted values than this could overflow int32: |code| <= 127, |code - zero point| <= 255.
+MOST_INT32_TERMS = (2**31 - 1) // (127 * 255)
 # Groups shorter than this do not pay for an integer dot each.
 SHORTEST_INTEGER_GROUP = 8
 
@@ -74,12 +77,12 @@ def choose_dot(
     """
     groups = [scale_shape[a] for a in axes.w_contract]
     if all(n == 1 for n in groups):
-        return _one_scale_a_column(w_dtype, act)
+        return _one_scale_a_column(math.prod(w_shape[a] for a in axes.w_contract), w_dtype, act)
     blocks = [w_shape[a] // n for a, n in zip(axes.w_contract, groups, strict=True)]
     shown = " and ".join(str(b) for b, n in zip(blocks, groups, strict=True) if n > 1)
-    block, count = int(np.prod(blocks)), int(np.prod(groups))
+    block, count = math.prod(blocks), math.prod(groups)
     rows = axes.rows(x_shape)
-    batch = int(np.prod([w_shape[a] for a in axes.w_batch]))
+    batch = math.prod(w_shape[a] for a in axes.w_batch)
     partial_sums = count * batch * rows * axes.columns(w_shape)
     few = rows <= GROUPED_ROWS and partial_sums <= GROUPED_ELEMENTS
     if act is None:
@@ -93,20 +96,23 @@ def choose_dot(
         return DotChoice(DotMethod.DEQUANTIZE, f"group scales ({shown}), {rows} rows")
     if act.dtype != "int8" or not _integer(w_dtype):
         return DotChoice(DotMethod.DEQUANTIZE, f"group scales ({shown}); {_mixed(w_dtype, act)}")
-    if block < SHORTEST_INTEGER_GROUP:
+    if not SHORTEST_INTEGER_GROUP <= block <= MOST_INT32_TERMS:
+        length = "short" if block < SHORTEST_INTEGER_GROUP else "long"
         return DotChoice(
-            DotMethod.DEQUANTIZE, f"groups of {block} are too short for an integer dot each"
+            DotMethod.DEQUANTIZE, f"groups of {block} are too {length} for an integer dot each"
         )
     method = DotMethod.INT8_GROUPS if few else DotMethod.INT8_LOOP
     return DotChoice(method, f"group scales ({shown}), {rows} rows")
 
 
-def _one_scale_a_column(w_dtype: np.dtype, act: ActQuant | None) -> DotChoice:
+def _one_scale_a_column(terms: int, w_dtype: np.dtype, act: ActQuant | None) -> DotChoice:
     if act is None:
         return DotChoice(
             DotMethod.CODES, "scales are constant over contracted axes: the output takes them"
         )
     if act.dtype == "int8" and _integer(w_dtype):
+        if terms > MOST_INT32_TERMS:
+            return DotChoice(DotMethod.CODES, f"sums of {terms} products could overflow int32")
         return DotChoice(DotMethod.INT8, "integer codes on both sides, int32 sums")
     if act.dtype != "int8" and w_dtype.itemsize == 1 and not _integer(w_dtype):
         return DotChoice(DotMethod.FP8, "8-bit floats on both sides, float32 sums")
@@ -114,8 +120,6 @@ def _one_scale_a_column(w_dtype: np.dtype, act: ActQuant | None) -> DotChoice:
 
 
 def _mixed(w_dtype: np.dtype, act: ActQuant) -> str:
-    if act.dtype == "int8" and _integer(w_dtype):
-        return "integer codes on both sides"
     kind = "integer" if _integer(w_dtype) else "float"
     return f"{act.dtype} activations meet {kind} codes: multiplied as floats"
 

@@ -93,7 +93,7 @@ def dot_general(
     if method is DotMethod.FP8:
         if on_cpu:
             codes, values = codes.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
-        out = _dot(codes, values, axes, None, wide) * axes.w_to_out(scale)
+        out = _dot(codes, values, axes, None, wide) * _to_out(scale, axes, values.shape)
     else:
         # Codes of 8 bits are exact in every float dtype: rounding happened once, in the codes.
         floats = codes.astype(x.dtype)

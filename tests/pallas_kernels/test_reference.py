@@ -88,8 +88,9 @@ def test_every_method(method, act, scale_shape, zero_point):
     oracle.assert_close(run(problem, act, method=method), want)
 
 
-def test_fp8_on_both_sides():
-    problem = _fixed((1, 4))
+@pytest.mark.parametrize("scale_shape", [(1, 4), (1, 2), (1, 1)])
+def test_fp8_on_both_sides(scale_shape):
+    problem = _fixed(scale_shape)
     values = jnp.asarray(problem.values, jnp.float8_e4m3fn)
     want = oracle.product(fake_quantized(problem.x, FP8), oracle.weight(*problem[1:4]), problem)
     for on_cpu in (False, True):
@@ -113,6 +114,13 @@ def test_choice_bounds_partial_sums():
     assert choose((8, 256), (2, 2**19), None, **wide).method is DotMethod.DEQUANTIZE
     assert choose((8, 256), (64, 512), act).method is DotMethod.DEQUANTIZE
     assert "too short" in choose((8, 256), (64, 512), act).reason
+
+
+def test_choice_avoids_overflow():
+    act = ActQuant("int8", (1,))
+    assert choose((1, 66311), (1, 1), act, w_shape=(66311, 1)).method is DotMethod.INT8
+    assert choose((1, 66312), (1, 1), act, w_shape=(66312, 1)).method is DotMethod.CODES
+    assert "too long" in choose((1, 2**18), (2, 1), act, w_shape=(2**18, 1)).reason
 
 
 def test_a_loop_over_groups_needs_no_memory_for_all_sums():
