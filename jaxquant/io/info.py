@@ -84,14 +84,17 @@ class CheckpointInfo:
         for row in self.rows:
             stored = row.dtype if row.qtype is None else f"{row.qtype} (for {row.dtype})"
             shape = "x".join(map(str, row.shape)) or "scalar"
-            table.add_row(Text(row.path), shape, stored, row.act or "", f"{row.nbytes:,}")
+            table.add_row(
+                Text(_printable(row.path)), shape, stored, row.act or "", f"{row.nbytes:,}"
+            )
         recipe = "none recorded" if self.recipe is None else self.recipe.name
+        writer = ", ".join(f"{name} {version}" for name, version in self.writer.items())
         quantized = sum(row.qtype is not None for row in self.rows)
         head = (
-            f"{self.path}: {self.container}, format {self.version}, recipe {recipe}\n"
+            f"{self.path}: {self.container}, format {self.version}, recipe {_printable(recipe)}\n"
             f"{quantized} quantized weights, {len(self.rows) - quantized} other arrays:"
             f" {self.nbytes:,} bytes; {self.disk_bytes:,} on disk;"
-            f" written by {', '.join(f'{k} {v}' for k, v in self.writer.items())}"
+            f" written by {_printable(writer)}"
         )
         return Group(Text(head), table)
 
@@ -153,3 +156,8 @@ def make_info(
 
 def _dtype(record: LeafRecord) -> str:
     return record.dtype if record.impl is None else f"key<{record.impl}>"
+
+
+def _printable(text: str) -> str:
+    """Text from a file, without control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

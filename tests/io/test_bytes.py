@@ -76,7 +76,7 @@ print(memory("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")
 def test_peak_memory(tmp_path):
     """Saving takes at most one copy more; restoring the result and less than one copy more."""
-    size = 96  # MiB
+    size = 64  # MiB
 
     def measure(mode):
         command = [sys.executable, "-c", _MEASURE, str(tmp_path / "c"), mode, str(size)]

@@ -297,6 +297,12 @@ def test_hostile_metadata(name, sample, tmp_path):
         io.restore(tmp_path / "c")
 
 
+def test_names_cannot_command_the_terminal(tmp_path):
+    io.save(tmp_path / "c", {"\x1b[2Jname\n\u202e": jnp.ones(2)})
+    shown = str(io.inspect(tmp_path / "c"))
+    assert "\\x1b[2Jname\\n\\u202e" in shown and "\x1b" not in shown
+
+
 def test_long_metadata_is_not_read(sample, tmp_path, monkeypatch):
     shutil.copytree(sample[0], tmp_path / "c")
     monkeypatch.setattr("jaxquant.io.storage.MAX_BYTES", 100)
