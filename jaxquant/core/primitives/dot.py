@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as jp
 from jax.interpreters import mlir
@@ -141,7 +142,7 @@ def _compute(
 ) -> jax.Array:
     w = unflatten(tree, leaves)
     return reference.dot_general(
-        x,
+        x.astype(jnp.promote_types(x.dtype, w.dtype)),
         *reference_parts(w),
         w.input_scale,
         dimension_numbers=dimension_numbers,

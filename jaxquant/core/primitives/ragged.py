@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core import _compat
@@ -87,6 +88,7 @@ def _compute(
 ) -> jax.Array:
     del out_sharding  # the output's aval has it
     dtype = result_dtype(x, w, preferred_element_type)
+    x = x.astype(jnp.promote_types(x.dtype, w.dtype))
     parts = reference_parts(w)
     return reference_conv.ragged_dot_general(x, *parts, group_sizes, out_dtype=dtype, **params)
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,6 +167,15 @@ def test_narrow_floats(dtype, act, preferred):
     oracle.assert_close(got, want, 2e-5 if preferred else 5e-3)
 
 
+@pytest.mark.parametrize("block", [(64, 1), (16, 1)])
+def test_wider_weight_is_not_narrowed(block):
+    w = _quantized("int8", (64, 8), None, block)
+    x = random(0, 12, 64).astype(jnp.bfloat16)
+    got = jax.jit(lambda x: quantized_dot_general(x, w, MATMUL))(x)
+    assert got.dtype == jnp.float32
+    oracle.assert_close(got, seen(x.astype(jnp.float32), None, (1,)) @ np.asarray(w.dequantize()))
+
+
 # -- batching ------------------------------------------------------------------------------------
 
 PARTS = ["x", "codes", "scale", "zero_point", "input_scale"]
@@ -326,6 +336,14 @@ def test_lowers_for_other_platforms(platform, case):
     fn = jax.jit(jax.grad(lambda x: quantized_dot_general(x, w, MATMUL).sum()))
     text = fn.trace(random(0, 16, 64)).lower(lowering_platforms=(platform,)).as_text()
     assert "dot_general" in text
+
+
+def test_lowers_for_several_platforms_at_once():
+    w = _quantized("float8_e4m3", (64, 8), ActScheme("float8_e4m3"))
+    fn = jax.jit(lambda x: quantized_dot_general(x, w, MATMUL))
+    x = random(0, 16, 64)
+    exported = jax.export.export(fn, platforms=("cpu", "tpu", "cuda"))(x)
+    np.testing.assert_allclose(exported.call(x), fn(x), rtol=1e-5)
 
 
 def test_one_quantization_for_all_dots_that_share_an_input():

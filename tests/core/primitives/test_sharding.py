@@ -118,6 +118,24 @@ def test_shard_map(qtype, act, block):
     oracle.assert_close(jax.device_get(grad), float_grad)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_partly_manual_shard_map(kind):
+    mesh = _mesh(kind)
+    w = _weight("int8", ActScheme(), (64, 1))
+    x = jax.random.normal(jax.random.key(1), (8, 64))
+    want = np.asarray(quantized_dot_general(x, w, MATMUL), np.float64)
+    with jax.set_mesh(mesh):
+        fn = jax.shard_map(
+            lambda x, w: quantized_dot_general(x, w, MATMUL),
+            in_specs=(P("data", None), jax.tree.map(lambda leaf: P(), w)),
+            out_specs=P("data", None),
+            axis_names={"data"},
+        )
+        x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+        got = jax.jit(fn)(x, _placed(w, mesh, P(None, "model")))
+        oracle.assert_close(jax.device_get(got), want)
+
+
 def test_dequantize_keeps_the_sharding_type():
     mesh = _mesh(AxisType.Explicit)
     w = _weight("int4", None, (16, 1))
