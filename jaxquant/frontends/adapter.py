@@ -19,7 +19,7 @@ from flax import nnx as flax_nnx
 from jaxquant.core.names import path_string
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe
-from jaxquant.frontends import linen
+from jaxquant.frontends import linen, nnx
 from jaxquant.frontends.marks import recipe_of
 from jaxquant.frontends.scopes import linen_scopes, nnx_scopes
 
@@ -48,7 +48,16 @@ class ModelAdapter(abc.ABC):
     @property
     def notes(self) -> list[str]:
         """What a report on the model should say about how it is called."""
-        return []
+        reason = self._uncached_reason()
+        if reason is None:
+            return []
+        return [
+            f"{self.name} cannot be hashed ({reason}), so every eager call with quantized weights "
+            "traces the model again: call it inside jax.jit"
+        ]
+
+    def _uncached_reason(self) -> str | None:
+        return None
 
     @abc.abstractmethod
     def pure(self, variables: Any = None) -> tuple[PureFn, Any]:
@@ -87,16 +96,8 @@ class LinenAdapter(ModelAdapter):
 
     kind = "linen"
 
-    @property
-    def notes(self) -> list[str]:
-        """Says when eager calls trace each time."""
-        reason = linen.uncached_reason(self.model)
-        if reason is None:
-            return []
-        return [
-            f"{self.name} cannot be hashed ({reason}), so every eager call with quantized weights "
-            "traces the model again: call it inside jax.jit"
-        ]
+    def _uncached_reason(self) -> str | None:
+        return linen.uncached_reason(self.model)
 
     def pure(self, variables: Any = None) -> tuple[PureFn, Any]:
         """See `ModelAdapter.pure`."""
@@ -129,6 +130,9 @@ class NnxAdapter(ModelAdapter):
     """An NNX module; the tree is its state, the parameters are its `nnx.Param` variables."""
 
     kind = "nnx"
+
+    def _uncached_reason(self) -> str | None:
+        return nnx.uncached_reason(self.model)
 
     def pure(self, variables: Any = None) -> tuple[PureFn, Any]:
         """See `ModelAdapter.pure`; updates of the state are dropped."""

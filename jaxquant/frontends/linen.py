@@ -20,6 +20,7 @@ from flax import errors
 from flax import linen as nn
 from flax.core import lift
 
+from jaxquant.core._compat import is_eager
 from jaxquant.core.recipe import Recipe
 from jaxquant.frontends import trees
 from jaxquant.frontends.fingerprint import UnhashableError, fingerprint
@@ -62,7 +63,12 @@ def _decorated(cls: Any, recipe: Recipe) -> Any:
         }
         if not trees.has_qtensor((variables, args, kwargs)):
             return cls.apply(self, variables, *args, rngs=rngs, **options, **kwargs)
-        return _apply(_ApplyCall(cls.apply, self, options), variables, rngs, args, kwargs)
+        try:
+            return _apply(_ApplyCall(cls.apply, self, options), variables, rngs, args, kwargs)
+        except trees.NEEDS_VALUES:
+            if not is_eager():
+                raise
+            return cls.apply(self, variables, *args, rngs=rngs, **options, **kwargs)
 
     def __init_subclass__(sub: type[nn.Module], **kwargs: Any) -> None:
         super(decorated, sub).__init_subclass__(**kwargs)
@@ -130,6 +136,10 @@ def _lifted_method(method: Callable[..., Any]) -> Callable[..., Any]:
             return quantized(self, *args, **kwargs)
         except errors.TransformedMethodReturnValueError:
             return method(self, *args, **kwargs)  # it hands out submodules: nothing to compute
+        except trees.NEEDS_VALUES:
+            if not is_eager():
+                raise
+            return method(self, *args, **kwargs)
 
     setattr(wrapper, LIFTED, True)
     return wrapper

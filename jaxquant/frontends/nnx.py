@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxquant.core._compat import is_eager
 from jaxquant.core.names import module_scope, path_string
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe
@@ -57,6 +58,15 @@ def decorate_instance(module: nnx.Module, recipe: Recipe) -> nnx.Module:
     return decorated
 
 
+def uncached_reason(module: nnx.Module) -> str | None:
+    """Why eager calls of a module cannot be cached, or None."""
+    try:
+        hash(nnx.graphdef(module))
+    except TypeError as error:
+        return str(error)
+    return None
+
+
 def _lift_methods(cls: type[nnx.Module]) -> None:
     for name, method in public_methods(cls):
         if not hasattr(method, LIFTED):
@@ -71,6 +81,10 @@ def _lifted_method(method: Any) -> Callable[..., Any]:
         try:
             return _call(method, self, args, kwargs)
         except _ReturnsNodeError:  # it hands out modules or variables: nothing to compute
+            return method.__get__(self, type(self))(*args, **kwargs)
+        except trees.NEEDS_VALUES:
+            if not is_eager():
+                raise
             return method.__get__(self, type(self))(*args, **kwargs)
 
     setattr(wrapper, LIFTED, True)

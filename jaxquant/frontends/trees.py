@@ -12,6 +12,14 @@ import jax
 
 from jaxquant.core.qtensor import is_qtensor
 
+# A method that looks at values (`while not done:`) cannot be traced. Called eagerly it runs as it
+# is, and the methods it calls are transformed one by one. Inside a trace this is the user's error.
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
 
 class Uncached:
     """A static argument that cannot be hashed: with it, `transform` traces the call every time."""

@@ -159,6 +159,20 @@ def test_notes_on_unhashable_modules():
     assert "8,388,608 bytes" in note
 
 
+def test_notes_on_unhashable_nnx_modules():
+    class Listed(nnx_zoo.Mlp):
+        def __init__(self, *, rngs):
+            super().__init__(rngs=rngs)
+            self.sizes = nnx.static([1, 2])
+
+    model = quantize(Listed)(rngs=nnx.Rngs(0))
+    (note,) = describe(model).notes
+    assert "unhashable" in note and "jax.jit" in note
+    quantized, x = quantize_module(model), nnx_zoo.inputs("Mlp")
+    assert_close(quantized(x), dequantized_module(quantized)(x))
+    assert describe(quantize(nnx_zoo.Mlp)(rngs=nnx.Rngs(0))).notes == []
+
+
 def test_errors_name_the_fix():
     with pytest.raises(TypeError, match=r"Dense is a class: give an instance"):
         describe(nn.Dense)

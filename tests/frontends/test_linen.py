@@ -515,6 +515,30 @@ def test_user_interceptors_run_at_every_call():
     assert count > 3 and len(seen) == 2 * count
 
 
+def test_method_that_looks_at_values():
+    class Looping(zoo.SetupModel):
+        def until(self, x, limit):
+            steps = 0
+            while jnp.abs(x).max() > limit and steps < 3:
+                x, steps = self(x) * 0.5, steps + 1
+            return x, steps
+
+    x = zoo.make("setup")[2][0]
+    plain, decorated = Looping(), quantize(Looping)()
+    variables = plain.init(zoo.keys(), x)
+    quantized = _quantized(variables)
+    expected, steps = plain.bind(dequantize_tree(quantized)).until(x, 0.1)
+    assert steps > 0
+    for out, count in (
+        decorated.apply(quantized, x, 0.1, method="until"),
+        decorated.bind(quantized).until(x, 0.1),
+    ):
+        assert count == steps
+        assert_close(out, expected)
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        jax.jit(lambda q: decorated.apply(q, x, 0.1, method="until"))(quantized)
+
+
 @pytest.mark.parametrize("layer", ["dense", "embed", "einsum"])
 def test_undecorated_module_names_the_fix(layer):
     x = jnp.ones((2, 4))

@@ -217,6 +217,23 @@ def test_returning_variables_and_modules():
     assert quantized.child() is quantized.down
 
 
+def test_method_that_looks_at_values():
+    class Looping(zoo.Mlp):
+        def until(self, x, limit):
+            steps = 0
+            while float(jnp.abs(x).max()) > limit and steps < 3:
+                x, steps = self(x) * 0.5, steps + 1
+            return x, steps
+
+    x = zoo.inputs("Mlp")
+    quantized, floats = _quantized(quantize(Looping)(rngs=nnx.Rngs(0)))
+    (out, steps), (expected, expected_steps) = quantized.until(x, 0.2), floats.until(x, 0.2)
+    assert steps == expected_steps > 0
+    assert_close(out, expected)
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        jax.jit(lambda x: quantized.until(x, 0.2))(x)
+
+
 def test_gradients():
     class Lora(nnx.Module):
         def __init__(self, *, rngs):
