@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from jaxquant.evaluate.report import Report as Report
     from jaxquant.frontends.decorator import quantize as quantize
     from jaxquant.frontends.function import transform as transform
+    from jaxquant.io.manifest import CheckpointError as CheckpointError
     from jaxquant.io.orbax import inspect as inspect
     from jaxquant.io.orbax import restore as restore
     from jaxquant.io.orbax import save as save
+    from jaxquant.passes.plan import Plan as Plan
+    from jaxquant.passes.rewrite import StrictError as StrictError
 
 __version__ = "0.1.0"
 
@@ -52,9 +55,12 @@ _EXPORTS = {
     "Report": "jaxquant.evaluate.report",
     "quantize": "jaxquant.frontends.decorator",
     "transform": "jaxquant.frontends.function",
+    "CheckpointError": "jaxquant.io.manifest",
     "inspect": "jaxquant.io.orbax",
     "restore": "jaxquant.io.orbax",
     "save": "jaxquant.io.orbax",
+    "Plan": "jaxquant.passes.plan",
+    "StrictError": "jaxquant.passes.rewrite",
 }
 """Public name -> module that defines it. The block above says the same to type checkers."""
 
