@@ -131,8 +131,9 @@ def map_slices(
     count = next((d for d in divisors(per_block[axis]) if d >= wanted), per_block[axis])
     step = per_block[axis] // count
 
+    width = step * block_shape[axis]
+
     def body(i: jax.Array, results: Any) -> Any:
-        width = step * block_shape[axis]
         found = fn(jax.lax.dynamic_slice_in_dim(x, i * width, width, axis))
         return jax.tree.map(
             lambda result, part: jax.lax.dynamic_update_slice_in_dim(result, part, i * step, axis),
@@ -140,7 +141,7 @@ def map_slices(
             found,
         )
 
-    shapes = jax.eval_shape(fn, jax.lax.slice_in_dim(x, 0, step * block_shape[axis], axis=axis))
+    shapes = jax.eval_shape(fn, jax.lax.slice_in_dim(x, 0, width, axis=axis))
     empty = jax.tree.map(lambda s: jnp.zeros(per_block, s.dtype), shapes)
     return jax.lax.fori_loop(0, count, body, empty)
 

@@ -40,8 +40,9 @@ def scale_from_range(
     Symmetric: scale = max(|lo|, |hi|) / qmax. Asymmetric: the range is widened to include 0,
     scale = (hi - lo) / (qmax - qmin) and zero_point = the code nearest to where 0 falls, so that
     zero is exact. (Where lo and hi are both near the dtype's largest values, one end of the grid
-    would overflow; there the scale is less, and the other end is off by up to one scale.) mxfp4 takes the power of two 2^(floor(log2 max) - 2) (OCP MX 1.0, section
-    6.3), which saturates values above 6.
+    would overflow; there the scale is less, and the other end is off by up to one scale.) mxfp4
+    takes the power of two 2^(floor(log2 max) - 2) (OCP MX 1.0, section 6.3), which saturates
+    values above 6.
 
     Args:
       lo: least value of each block, float32.

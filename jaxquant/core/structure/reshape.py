@@ -131,7 +131,9 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        ins, outs, left, right = [], [], 1, 1
+        ins: list[int] = []
+        outs: list[int] = []
+        left = right = 1
         while not (ins or outs) or left != right:
             if left <= right and i < len(old):
                 ins.append(i)
