@@ -18,11 +18,12 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.recipe import Rule
 from jaxquant.passes.abstract_weights import abstract_weight
 from jaxquant.passes.assign_recipe import Assignment, ParamPlan
+from jaxquant.passes.events import Event
 from jaxquant.passes.interpreter import Weight
 from jaxquant.passes.op_use import OpUse, Site
 from jaxquant.passes.plan import Plan, PlanRow, Status
 from jaxquant.passes.program import Program
-from jaxquant.passes.rewrite import Event, Rewriter
+from jaxquant.passes.rewrite import Rewriter
 
 Events = dict[tuple[Site, str], Event]
 

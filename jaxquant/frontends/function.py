@@ -18,10 +18,11 @@ from jax.sharding import NamedSharding
 from jaxquant.core import _compat
 from jaxquant.core.names import path_string
 from jaxquant.core.qtensor import is_qtensor
+from jaxquant.passes.events import Event
 from jaxquant.passes.forwarding import forwarded_inputs
 from jaxquant.passes.interpreter import Weight, is_weight
 from jaxquant.passes.program import is_traceable
-from jaxquant.passes.rewrite import Event, Rewriter
+from jaxquant.passes.rewrite import Rewriter
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,0 +1,75 @@
+"""Rules for products with a weight: each becomes a quantized primitive.
+
+The table `PRODUCTS` of the rewriter. Codes stay codes; what happens to the other operand is the
+weight's own business (`QTensor.act`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as jp
+
+from jaxquant.core import _compat, primitives
+from jaxquant.core.structure import Unstructured
+from jaxquant.passes.events import report_quantized
+from jaxquant.passes.interpreter import Context, Rule, is_weight, register
+
+PRODUCTS: dict[Primitive, Rule] = {}
+
+
+@register(PRODUCTS, jp.dot_general_p)
+def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
+    """The weight keeps its codes; of two weights the one that was looked up is the input."""
+    lhs, rhs = ins
+    if is_weight(lhs) and is_weight(rhs):
+        reason = "the other operand of the product is a weight too"
+        if rhs.gathered and not lhs.gathered:
+            rhs = ctx.float(rhs, reason)
+        else:
+            lhs = ctx.float(lhs, reason)
+    weight, x, side = (lhs, rhs, "lhs") if is_weight(lhs) else (rhs, lhs, "rhs")
+    _require_float(x)
+    w, dims = weight.value, ctx.params["dimension_numbers"]
+    kept = ("precision", "preferred_element_type", "out_sharding")
+    options = {name: ctx.params[name] for name in kept}
+    out = primitives.quantized_dot_general(x, w, dims, weight_side=side, **options)
+    report_quantized(
+        ctx, weight, lambda: primitives.describe_lowering(x, w, dims, weight_side=side)
+    )
+    return [_as(out, ctx)]
+
+
+@register(PRODUCTS, jp.conv_general_dilated_p)
+def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
+    x, weight = ins
+    if is_weight(x) or not is_weight(weight):
+        raise Unstructured("a weight is the input of a convolution")
+    _require_float(x)
+    out = primitives.bind_conv(x, weight.value, **ctx.params)
+    dims = ctx.params["dimension_numbers"]
+    report_quantized(ctx, weight, lambda: primitives.describe_conv(weight.value, dims))
+    return [_as(out, ctx)]
+
+
+@register(PRODUCTS, _compat.ragged_dot_general_p)
+def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
+    x, weight, group_sizes = ins
+    if is_weight(x) or not is_weight(weight):
+        raise Unstructured("a weight is the left side of a ragged dot")
+    _require_float(x)
+    out = primitives.bind_ragged_dot(x, weight.value, group_sizes, **ctx.params)
+    report_quantized(ctx, weight, lambda: primitives.describe_ragged_dot(weight.value))
+    return [_as(out, ctx)]
+
+
+def _require_float(x: Any) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise Unstructured(f"the other operand is {x.dtype}, not floating point")
+
+
+def _as(out: Any, ctx: Context) -> Any:
+    dtype = ctx.eqn.outvars[0].aval.dtype
+    return out if out.dtype == dtype else out.astype(dtype)
