@@ -24,7 +24,8 @@ def render(results: Path) -> str:
     lines = [
         f"`{record['command']}` on {where['cores']} cores of {where['processor']}, "
         f"jax {where['jax']}, beside Qwix {where['qwix']} in the same process; times and "
-        f"memory measured twice. All runs: [benchmarks/results]({RESULTS.relative_to(README.parent)}).",
+        "memory measured twice. All runs: "
+        f"[benchmarks/results]({RESULTS.relative_to(README.parent)}).",
         "",
         *table([row for runs in figures.values() for row in _summary(runs)]),
     ]
@@ -70,9 +71,14 @@ def _quality(figure: dict[str, Any]) -> list[str]:
     return [head, "", *table(shown)]
 
 
+def newest_results() -> Path:
+    """The results of the newest jax."""
+    return max(RESULTS.glob("spine-jax-*.json"), key=_version)
+
+
 def main() -> None:
     """Replaces the section in the README by the newest jax's results."""
-    newest = max(RESULTS.glob("spine-jax-*.json"), key=_version)
+    newest = newest_results()
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
