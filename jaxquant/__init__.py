@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxquant.core.recipe import Recipe as Recipe
     from jaxquant.core.recipe import Rule as Rule
     from jaxquant.core.recipe import get_recipe as get_recipe
+    from jaxquant.core.remat_policy import as_dot_policy as as_dot_policy
     from jaxquant.core.schemes import ActScheme as ActScheme
     from jaxquant.core.schemes import WeightScheme as WeightScheme
     from jaxquant.evaluate.compare import compare as compare
@@ -48,6 +49,7 @@ _EXPORTS = {
     "Recipe": "jaxquant.core.recipe",
     "Rule": "jaxquant.core.recipe",
     "get_recipe": "jaxquant.core.recipe",
+    "as_dot_policy": "jaxquant.core.remat_policy",
     "ActScheme": "jaxquant.core.schemes",
     "WeightScheme": "jaxquant.core.schemes",
     "compare": "jaxquant.evaluate.compare",
