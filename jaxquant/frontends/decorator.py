@@ -1,7 +1,7 @@
 """`quantize`, the decorator: one name for Linen and NNX classes and instances, and functions.
 
-It only chooses the frontend and checks the recipe's name. The recipe is what `explain`, `ptq` and
-`qat` read; what runs is decided by the leaves (see `jaxquant.frontends.function`).
+It only chooses the frontend and checks the recipe's name. The recipe is what `explain` and
+`ptq` read; what runs is decided by the leaves (see `jaxquant.frontends.function`).
 """
 
 from __future__ import annotations

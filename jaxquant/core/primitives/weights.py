@@ -22,8 +22,8 @@ from jaxquant.pallas_kernels.activation import ActQuant
 _NO_GRADIENT = (
     "{name}: a gradient with respect to the {part} of a quantized weight was asked for, and codes "
     "have none. Differentiate with respect to the float arguments only (jax.grad's argnums, or "
-    "jax.lax.stop_gradient around the QTensors); to train quantized weights use jaxquant.qat, to "
-    "adapt them train float leaves beside them."
+    "jax.lax.stop_gradient around the QTensors); to adapt quantized weights train float leaves "
+    "beside them."
 )
 
 
