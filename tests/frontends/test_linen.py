@@ -317,7 +317,7 @@ def test_super_calls_with_cell():
     assert_close(Child().apply(quantized, x), Child().apply(dequantize_tree(quantized), x))
 
 
-@pytest.mark.parametrize("transform", ["jit", "vmap", "while", "remat", "jit_outside"])
+@pytest.mark.parametrize("transform", ["jit", "vmap", "while", "cond", "remat", "jit_outside"])
 def test_under_linen_transforms(transform):
     x = zoo.make("block")[2][0]
 
@@ -340,6 +340,8 @@ def test_under_linen_transforms(transform):
                 )
                 return mapped(name="layers")(x)
             child = self.child(name="c")
+            if transform == "cond" and not self.is_initializing():
+                return nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: m(-x), child, x)
             if transform == "while":
                 if self.is_initializing():
                     return child(x)

@@ -1,12 +1,14 @@
 """Decorated NNX classes: float as undecorated, quantized as dequantize-then-float."""
 
+import copy
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.frontends import quantize
@@ -14,9 +16,11 @@ from tests.frontends import nnx_zoo as zoo
 from tests.frontends.support import (
     assert_close,
     assert_identical,
+    dequantize_tree,
     dequantized_module,
     qtensor_count,
     quantize_module,
+    quantize_tree,
     raw,
 )
 
@@ -254,6 +258,43 @@ def test_gradients():
     assert_close(nnx.grad(loss, argnums=argnums)(quantized, x), expected)
     assert_close(nnx.jit(nnx.grad(loss, argnums=argnums))(quantized, x), expected)
     assert_close(jax.grad(lambda x: loss(quantized, x))(x), jax.grad(lambda x: loss(floats, x))(x))
+
+
+def test_training_beside_quantized_weights():
+    class Lora(nnx.Module):
+        def __init__(self, *, rngs):
+            self.base = nnx.Linear(zoo.DIM, zoo.DIM, rngs=rngs)
+            self.a = nnx.LoRAParam(jnp.zeros((zoo.DIM, zoo.DIM)))
+
+        def __call__(self, x):
+            return self.base(x) + x @ self.a[...]
+
+    x = zoo.inputs("Mlp")
+    quantized, _ = _quantized(quantize(Lora)(rngs=nnx.Rngs(0)))
+    optimizer = nnx.Optimizer(quantized, optax.sgd(0.1), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        argnums = nnx.DiffState(0, nnx.LoRAParam)
+        loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean(), argnums=argnums)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(quantized, optimizer, x)) for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    assert qtensor_count(nnx.state(quantized)) == 1
+    assert_close(copy.deepcopy(quantized)(x), quantized(x))
+
+
+def test_bridges():
+    x = zoo.inputs("Mlp")
+    model = nnx.bridge.ToNNX(quantize(linen.Dense)(4), rngs=nnx.Rngs(0)).lazy_init(x)
+    quantized, floats = _quantized(model)
+    assert_close(quantized(x), floats(x))
+    module = nnx.bridge.to_linen(quantize(nnx.Linear), zoo.DIM, 4)
+    variables = quantize_tree(module.init(jax.random.key(0), x))
+    assert qtensor_count(variables) == 1
+    assert_close(module.apply(variables, x), module.apply(dequantize_tree(variables), x))
 
 
 def test_under_nnx_transforms():
