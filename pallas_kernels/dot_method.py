@@ -8,8 +8,8 @@ Measured on two cores of an AVX-512 VNNI CPU with jax 0.12, speed of float32 = 1
 * weights float, group scales: dequantize-then-dot 0.9 at 256 to 2048 rows; one dot per group
   0.1 to 0.5, since its G x M x N partial sums go through memory. From 1 to 8 rows both are level
   on CPU, and on TPU only the per-group form fuses there.
-* int8 activations, group scales: a loop over groups 0.9 to 1.6 at 64 to 2048 rows, against 0.02
-  to 1.0 for all groups at once, which is level up to 8 rows.
+* int8 activations, group scales: a loop over groups 0.8 to 0.9 at 2 to 8 rows, 0.9 to 2 at 16 to
+  2048 rows; all groups at once 0.3 at 2 to 8 rows and less beyond, but level for a single row.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import numpy as np
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 
-# Up to this many rows, all groups are multiplied at once.
+# Up to this many rows, all groups are multiplied at once: float and integer dots.
 GROUPED_ROWS = 8
+GROUPED_INTEGER_ROWS = 1
 # ... unless the partial sums of all groups would be more elements than this (16 MiB of float32).
 GROUPED_ELEMENTS = 2**22
 # More contracted values than this could overflow int32: |code| <= 127, |code - zero point| <= 255.
@@ -84,7 +85,8 @@ def choose_dot(
     rows = axes.rows(x_shape)
     batch = math.prod(w_shape[a] for a in axes.w_batch)
     partial_sums = count * batch * rows * axes.columns(w_shape)
-    few = rows <= GROUPED_ROWS and partial_sums <= GROUPED_ELEMENTS
+    most = GROUPED_ROWS if act is None else GROUPED_INTEGER_ROWS
+    few = rows <= most and partial_sums <= GROUPED_ELEMENTS
     if act is None:
         if all(scale_shape[a] == 1 for a in axes.w_free):
             return DotChoice(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxquant.pallas_kernels import int4_columns
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import centered, dequantize, spread_axis, spread_blocks
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
@@ -58,7 +59,7 @@ def dot_general(
       out_dtype: dtype of the result.
       method: the form to use; None lets `choose_dot` pick one. Others must fit the operands.
       on_cpu: multiply 8-bit floats as bfloat16, which holds them exactly and is twice as fast
-        without an fp8 unit.
+        without an fp8 unit; read int4 codes two at a time where that pays.
 
     Returns:
       Array laid out as lax.dot_general's.
@@ -74,6 +75,22 @@ def dot_general(
                 weight = values, scale, zero_point, input_scale
                 options = {"act": act, "precision": precision, "out_dtype": out_dtype}
                 return _over_input_scales(x, weight, axis, axes, on_cpu=on_cpu, **options)
+    if on_cpu and int4_columns.pays(axes.rows(x.shape), values, axes):
+        options = {"act": act, "precision": precision, "out_dtype": out_dtype, "method": method}
+
+        def product(*columns: Any) -> jax.Array:
+            return dot_general(
+                x,
+                *columns,
+                input_scale,
+                dimension_numbers=dimension_numbers,
+                weight_side=weight_side,
+                on_cpu=True,
+                **options,
+            )
+
+        out_axis = axes.weight_out_axis(values.ndim - 1)
+        return int4_columns.in_halves(product, values, scale, zero_point, out_axis)
     if method is None:
         method = choose_dot(x.shape, values.shape, values.dtype, scale.shape, axes, act).method
     wide = jnp.promote_types(x.dtype, jnp.float32)

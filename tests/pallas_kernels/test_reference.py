@@ -105,13 +105,13 @@ def choose(x_shape, scale_shape, act, dtype=np.int8, w_shape=(256, 512)):
 
 def test_choice_bounds_partial_sums():
     act = ActQuant("int8", (1,))
-    assert choose((8, 256), (2, 512), act).method is DotMethod.INT8_GROUPS
-    assert choose((9, 256), (2, 512), act).method is DotMethod.INT8_LOOP
+    assert choose((1, 256), (2, 512), act).method is DotMethod.INT8_GROUPS
+    assert choose((2, 256), (2, 512), act).method is DotMethod.INT8_LOOP
     assert choose((8, 256), (2, 512), None).method is DotMethod.GROUPS
     assert choose((9, 256), (2, 512), None).method is DotMethod.DEQUANTIZE
-    wide = {"w_shape": (256, 2**19)}
-    assert choose((8, 256), (2, 2**19), act, **wide).method is DotMethod.INT8_LOOP
-    assert choose((8, 256), (2, 2**19), None, **wide).method is DotMethod.DEQUANTIZE
+    wide = {"w_shape": (256, 2**22)}
+    assert choose((1, 256), (2, 2**22), act, **wide).method is DotMethod.INT8_LOOP
+    assert choose((1, 256), (2, 2**22), None, **wide).method is DotMethod.DEQUANTIZE
     assert choose((8, 256), (64, 512), act).method is DotMethod.DEQUANTIZE
     assert "too short" in choose((8, 256), (64, 512), act).reason
 
@@ -136,6 +136,27 @@ def test_a_loop_over_groups_needs_no_memory_for_all_sums():
     ]
     memory = fn.lower(*args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**20  # all groups' sums would take 4 MiB
+
+
+@pytest.mark.parametrize("side", ["rhs", "lhs"])
+@pytest.mark.parametrize("act", [None, ActQuant("int8", (1,))])
+@pytest.mark.parametrize("scale_shape", [(1, 1, 6), (4, 1, 3), (1, 1, 1)])
+def test_int4_columns_read_in_pairs(side, act, scale_shape):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 32)).astype(np.float32)  # 3 rows meet 32 contracted values
+    values = rng.integers(-8, 8, (32, 2, 6)).astype(np.int8)
+    scale = rng.uniform(0.5, 2, scale_shape).astype(np.float32)
+    zero_point = rng.uniform(-3, 3, scale_shape).astype(np.float32)
+    dims = (((1,), (0,)), ((), ())) if side == "rhs" else (((0,), (1,)), ((), ()))
+    fn = functools.partial(
+        reference.dot_general, dimension_numbers=dims, weight_side=side, act=act, on_cpu=True
+    )
+    args = (x, jnp.asarray(values, jnp.int4), scale, zero_point)
+    problem = oracle.Problem(x, values, scale, zero_point, dims, side, (1,))
+    seen = x if act is None else fake_quantized(x, act)
+    want = oracle.product(seen, oracle.weight(values, scale, zero_point), problem)
+    oracle.assert_close(jax.jit(fn)(*args), want)
+    assert "bitcast_convert" in str(jax.make_jaxpr(fn)(*args))
 
 
 def test_static_scale_per_expert():
