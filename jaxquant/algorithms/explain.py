@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.algorithms.planning import assign
+from jaxquant.algorithms.planning import assign, require_quantized
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe, quantize
@@ -19,7 +19,13 @@ from jaxquant.passes.make_plan import make_plan
 from jaxquant.passes.plan import Plan
 
 
-def explain(model: Any, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> Plan:
+def explain(
+    model: Any,
+    *args: Any,
+    recipe: str | Recipe | None = None,
+    strict: bool = False,
+    **kwargs: Any,
+) -> Plan:
     """The plan for a model: for every operation what it will be, and why.
 
     Args:
@@ -28,6 +34,8 @@ def explain(model: Any, *args: Any, recipe: str | Recipe | None = None, **kwargs
         Function: its parameters, then its other arguments. NNX: the example arguments only.
         Arrays and `jax.ShapeDtypeStruct`s may be mixed.
       recipe: a preset's name or a `Recipe`. When None, the decorator's; without one, "w8a8".
+      strict: raise `StrictError` where a product of a parameter would stay float although no rule
+        skips it, or a weight would be dequantized before use.
       **kwargs: keyword arguments of the model, such as ``rngs``, ``mutable``, ``train``.
 
     Returns:
@@ -49,4 +57,7 @@ def explain(model: Any, *args: Any, recipe: str | Recipe | None = None, **kwargs
     program, assignment = assign(
         fn, tree, adapter.param_paths(tree), (rest, kwargs), recipe or adapter.recipe
     )
-    return make_plan(program, assignment, adapter.notes)
+    plan = make_plan(program, assignment, adapter.notes)
+    if strict:
+        require_quantized(plan)
+    return plan

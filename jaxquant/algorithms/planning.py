@@ -11,7 +11,9 @@ from typing import Any
 from jaxquant.core.recipe import Recipe
 from jaxquant.passes.assign_recipe import Assignment, ParamPlan, assign_recipe
 from jaxquant.passes.find_weights import find_weights
+from jaxquant.passes.plan import Plan, PlanRow
 from jaxquant.passes.program import Program, trace
+from jaxquant.passes.rewrite import StrictError
 
 Example = tuple[Sequence[Any], Mapping[str, Any]]
 
@@ -50,3 +52,26 @@ def plan_parameters(
     """The plans of the parameters that are to be quantized; see `assign`."""
     _, assignment = assign(fn, tree, paths, example, recipe)
     return assignment.quantized
+
+
+def require_quantized(plan: Plan) -> None:
+    """Refuses a plan that leaves work in float which no rule skips: ``strict=True``.
+
+    Raises:
+      StrictError: some product of a parameter stays float without a rule that skips it, or some
+        weight is dequantized before it is used. All of them are listed with their reasons.
+    """
+    loose = [row for row in plan.rows if _is_loose(row)]
+    if loose:
+        lines = [f"  {row.param} ({row.kind}): {row.status}: {row.reason}" for row in loose]
+        raise StrictError(
+            f"strict=True: under recipe {plan.recipe!r} {len(loose)} operations would not run "
+            "quantized; name them in a rule with skip=True to leave them float:\n"
+            + "\n".join(lines)
+        )
+
+
+def _is_loose(row: PlanRow) -> bool:
+    if row.param is None or row.status == "quantized":
+        return False
+    return row.status == "dequantized" or (row.kind != "other" and "skip=True" not in row.rule)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from jaxquant.algorithms import calibrate
 from jaxquant.algorithms.calibrate import Call
-from jaxquant.algorithms.planning import assign
+from jaxquant.algorithms.planning import assign, require_quantized
 from jaxquant.algorithms.progress import track
 from jaxquant.algorithms.rtn import quantize_weight
 from jaxquant.core import placement
@@ -25,6 +25,7 @@ from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe
 from jaxquant.frontends.batches import call_arguments
 from jaxquant.passes.assign_recipe import Assignment, ParamPlan
+from jaxquant.passes.make_plan import make_plan
 
 
 def ptq(
@@ -33,6 +34,7 @@ def ptq(
     recipe: str | Recipe | None = None,
     calibration: Iterable[Any] | None = None,
     progress: bool = True,
+    strict: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Quantizes a model's weights after training.
@@ -47,6 +49,8 @@ def ptq(
       calibration: batches for static activation ranges: each is an array, a tuple of positional
         arguments or a mapping of keyword arguments. Read once, one batch at a time.
       progress: show a progress bar on a terminal.
+      strict: raise `StrictError`, before anything is computed, where a product of a parameter would
+        stay float although no rule skips it, or a weight would be dequantized before use.
       **kwargs: keyword arguments of the model, part of the example and of each batch.
 
     Returns:
@@ -68,7 +72,9 @@ def ptq(
     first = next(calls, None)
     example = (args, kwargs) if args or first is None else first
     chosen = adapter.recipe if recipe is None else get_recipe(recipe)
-    _, assignment = assign(fn, tree, paths, example, chosen)
+    program, assignment = assign(fn, tree, paths, example, chosen)
+    if strict:
+        require_quantized(make_plan(program, assignment))
     batches = () if first is None else itertools.chain([first], calls)
     scales = _input_scales(fn, tree, paths, batches, assignment)
     plans = {plan.path: plan for plan in assignment.quantized}

@@ -209,6 +209,26 @@ def test_a_weight_of_a_loop_over_time_has_one_static_scale():
     np.testing.assert_allclose(q["w"].input_scale[0, 0], max(seen) / 127, rtol=1e-5)
 
 
+def test_strict_lists_what_would_stay_float():
+    @jq.quantize("w8a16")
+    def fn(params, x):
+        h = x @ params["w"] + jnp.tanh(params["v"]).sum()
+        return (h @ params["v"])[:, :2] @ params["tiny"]
+
+    key = jax.random.key(0)
+    params = {
+        "w": jax.random.normal(key, (16, 16)),
+        "v": jax.random.normal(key, (16, 16)),
+        "tiny": jnp.ones((2, 2), jnp.bfloat16),  # codes and scales would take more
+    }
+    with pytest.raises(jq.StrictError, match=r"v .*: dequantized.*(\n.*)*tiny \(\w+\): float"):
+        jq.ptq(fn, params, X, strict=True)
+    skip = jq.get_recipe("w8a16").with_rules(jq.Rule("v", skip=True), jq.Rule("tiny", skip=True))
+    q = jq.ptq(fn, params, X, recipe=skip, strict=True)
+    assert [k for k, v in q.items() if is_qtensor(v)] == ["w"]
+    assert jq.explain(fn, params, X, recipe=skip, strict=True).totals["ops"]["quantized"] == 1
+
+
 def test_errors(stack):
     model, variables = stack
     decorated = jq.quantize("w8a8_static")(model)
