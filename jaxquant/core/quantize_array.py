@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxquant.core.blocks import check_block_shape, map_slices, reduce_blocks, scale_shape
 from jaxquant.core.codes import encode
@@ -107,6 +107,7 @@ def quantize_array(
         the divisors), or an option the type does not have. All name the parameter.
     """
     qtype = get_qtype(qtype)
+    w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"{name}: only floating-point arrays are quantized, not {w.dtype}")
     if scale is not None:
@@ -130,14 +131,11 @@ def quantize_array(
     )
     operands = (w, scale, zero_point)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
-        return _quantize(settings, *operands)
-    check_finite(w, name)
-    sharding = getattr(w, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return _compiled(settings._replace(sliced=True))(*operands)
-    leaves, treedef = jax.tree.flatten(operands)
-    avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-    return _compiled(settings, sharding, treedef, avals)(*operands)
+        return _quantize(settings, *operands)[0]
+    result, finite = _compiled_for(settings, operands)(*operands)
+    if not finite:
+        check_finite(w, name)
+    return result
 
 
 def check_finite(w: jax.Array, name: str = "array") -> None:
@@ -197,11 +195,13 @@ def _quantize(
     w: jax.Array,
     scale: jax.Array | QTensor | None,
     zero_point: jax.Array | None,
-) -> QTensor:
-    """The traced part of `quantize_array`."""
+) -> tuple[QTensor, jax.Array]:
+    """The traced part of `quantize_array`; also tells whether all of w is finite."""
     qtype = settings.qtype
     if scale is None:
-        scale, zero_point = _find_scale(settings, w)
+        scale, zero_point, finite = _find_scale(settings, w)
+    else:
+        finite = jnp.isfinite(_largest(w))
     if settings.double_quant and not isinstance(scale, QTensor):
         scale = double_quantize(scale, settings.kept)
     values = scale.dequantize() if isinstance(scale, QTensor) else scale
@@ -211,7 +211,7 @@ def _quantize(
     if settings.packed_axis is not None:
         length = w.shape[settings.packed_axis]
         codes = packing.pack(codes, qtype.bits, settings.packed_axis)
-    return QTensor(
+    result = QTensor(
         codes,
         scale,
         zero_point,
@@ -220,24 +220,30 @@ def _quantize(
         packed_axis=settings.packed_axis,
         packed_length=length,
     )
+    return result, finite
 
 
-def _find_scale(settings: _Settings, w: jax.Array) -> tuple[jax.Array | QTensor, jax.Array | None]:
+def _find_scale(
+    settings: _Settings, w: jax.Array
+) -> tuple[jax.Array | QTensor, jax.Array | None, jax.Array]:
+    """Scale, zero point, and whether all of w is finite."""
     qtype, block_shape = settings.qtype, settings.block_shape
 
     def find_range(w: jax.Array) -> tuple[jax.Array, jax.Array]:
         return settings.range_fn(w, block_shape, qtype, settings.symmetric)
 
-    if settings.sliced and settings.range_fn is not absmax_range:
-        lo, hi = map_slices(find_range, w, block_shape, _SLICE)
-    else:
+    if settings.range_fn is absmax_range:
         lo, hi = find_range(w)
+        finite = jnp.isfinite(hi).all() & jnp.isfinite(lo).all()  # they pass NaN and Inf on
+    else:
+        lo, hi = map_slices(find_range, w, block_shape, _SLICE if settings.sliced else w.size)
+        finite = jnp.isfinite(_largest(w))
     # Else XLA merges reductions and conversions of w across the steps and keeps a copy of w.
     lo, hi = jax.lax.optimization_barrier((lo, hi))
     if qtype.scale_qtype is not None:
         outer = [n if axis in settings.kept else 1 for axis, n in enumerate(lo.shape)]
-        return nvfp4_scale(jnp.maximum(-lo, hi), outer), None
-    return scale_from_range(
+        return nvfp4_scale(jnp.maximum(-lo, hi), outer), None, finite
+    scale, zero_point = scale_from_range(
         lo,
         hi,
         qtype,
@@ -245,6 +251,17 @@ def _find_scale(settings: _Settings, w: jax.Array) -> tuple[jax.Array | QTensor,
         scale_dtype=settings.scale_dtype,
         dtype=w.dtype,
     )
+    return scale, zero_point, finite
+
+
+def _compiled_for(settings: _Settings, operands: tuple[Any, ...]) -> Callable[..., Any]:
+    """The compiled quantizer for where the weight lies."""
+    sharding = operands[0].sharding
+    if len(sharding.device_set) == 1 or not isinstance(sharding, NamedSharding):
+        return _compiled(settings._replace(sliced=len(sharding.device_set) == 1))
+    leaves, treedef = jax.tree.flatten(operands)
+    avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    return _compiled(settings, sharding, treedef, avals)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -253,13 +270,13 @@ def _compiled(
     sharding: NamedSharding | None = None,
     treedef: Any = None,
     avals: tuple[jax.ShapeDtypeStruct, ...] = (),
-) -> Callable[..., QTensor]:
+) -> Callable[..., tuple[QTensor, jax.Array]]:
     """The jitted quantizer of one setting; for a sharded weight, of one setting and shape."""
     quantize = functools.partial(_quantize, settings)
     if sharding is None:
         return jax.jit(quantize)
-    result = jax.eval_shape(quantize, *treedef.unflatten(avals))
-    shardings = part_shardings(result, sharding)
+    result, _ = jax.eval_shape(quantize, *treedef.unflatten(avals))
+    shardings = part_shardings(result, sharding), NamedSharding(sharding.mesh, PartitionSpec())
     if AxisType.Explicit in sharding.mesh.axis_types:  # groups across shards need the partitioner
         return jax.jit(jax.sharding.auto_axes(quantize, out_sharding=shardings))
     return jax.jit(quantize, out_shardings=shardings)
@@ -267,8 +284,8 @@ def _compiled(
 
 @jax.jit
 def _largest(w: jax.Array) -> jax.Array:
-    """The largest |w|; NaN or Inf if any element is."""
-    return jnp.max(jnp.abs(w)).astype(jnp.float32)
+    """The largest |w|; NaN or Inf if any element is. Not max(abs(w)), see `absmax_range`."""
+    return jnp.maximum(jnp.max(w), -jnp.min(w)).astype(jnp.float32)
 
 
 @jax.jit
