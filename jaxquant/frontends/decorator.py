@@ -33,6 +33,10 @@ def quantize(target: Any = None) -> Any:
     models) and on functions, whose parameters are their first argument. Where no leaf is a
     QTensor, the decorated object does exactly what the undecorated one does.
 
+    Called eagerly, a decorated model is compiled once per kind of call. A decorated child of an
+    undecorated model, and a Linen module that was bound by hand, is traced at every eager call:
+    call those inside `jax.jit`.
+
     Args:
       target: a preset's name, a `Recipe`, or None for "w8a8": returns the decorator. Or the class,
         instance or function itself, decorated with "w8a8". An instance is not changed: an

@@ -172,7 +172,7 @@ def _to_named(groups: Any, scopes: list[Any]) -> dict[str, Any]:
     if len(collections) == 1:
         paths = ["/".join(scopes[0].path)]
     else:
-        paths = [f"scope{i}" for i in range(len(collections))]
+        paths = [f"scope{i:04d}" for i in range(len(collections))]  # JAX sorts the keys
     names = {name for scope in collections for name in scope}
     return {
         name: {p: scope[name] for p, scope in zip(paths, collections, strict=True) if name in scope}

@@ -233,6 +233,32 @@ def test_module_fields_and_other_outputs():
         assert_close(out["y"], expected["y"])
 
 
+def test_many_bound_modules_as_arguments():
+    """More than ten scopes: their order must survive JAX's sorting of dict keys."""
+
+    class Mixer(nn.Module):
+        @nn.compact
+        def __call__(self, x, layers):
+            for i, layer in enumerate(layers):
+                x = nn.tanh(x + layer(x) * (i + 1))
+            return nn.Dense(zoo.DIM, name="own")(x)
+
+    class Many(nn.Module):
+        mixer: type[nn.Module]
+
+        @nn.compact
+        def __call__(self, x):
+            layers = [nn.Dense(zoo.DIM, name=f"l{i}") for i in range(12)]
+            return self.mixer(name="mixer")(x, layers)
+
+    x = zoo.make("block")[2][0]
+    plain, decorated = Many(Mixer), Many(quantize(Mixer))
+    variables = plain.init(zoo.keys(), x)
+    assert_identical(decorated.init(zoo.keys(), x), variables)
+    quantized = _quantized(variables)
+    assert_close(decorated.apply(quantized, x), plain.apply(dequantize_tree(quantized), x))
+
+
 class Shared(nn.Module):
     """A decorated child that is given its parent's embedding as a bound module."""
 
