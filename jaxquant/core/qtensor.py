@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxquant.core.blocks import broadcast_blocks
 from jaxquant.core.codes import code_values
+from jaxquant.core.invariants import check_codes, check_scales
 from jaxquant.core.qtypes import QType, get_qtype
 from jaxquant.pallas_kernels import packing
 
@@ -171,73 +172,9 @@ class QTensor:
         Raises:
           ValueError: names the invariant, the part and both sides of the mismatch.
         """
-        self._validate_codes(name)
-        self._validate_scales(name)
+        check_codes(self, name)
+        check_scales(self, name)
         return self
-
-    def _validate_codes(self, name: str) -> None:
-        q = self.qtype
-        storage = q.unpacked_storage if self.packed_axis is None else q.storage
-        if np.dtype(self.codes.dtype) != jnp.dtype(storage):
-            raise ValueError(
-                f"{name}: invariant 1: {q.name} codes must be {storage}, not {self.codes.dtype}"
-            )
-        if self.packed_axis is None:
-            if self.packed_length is not None:
-                raise ValueError(f"{name}: invariant 2: packed_length without packed_axis")
-            return
-        if not q.packed:
-            raise ValueError(f"{name}: invariant 2: {q.name} is never packed")
-        if not -self.codes.ndim <= self.packed_axis < 0:
-            raise ValueError(
-                f"{name}: invariant 2: packed_axis must be in [-{self.codes.ndim}, -1], not"
-                f" {self.packed_axis}"
-            )
-        if self.packed_length is None:
-            raise ValueError(f"{name}: invariant 2: packed_axis without packed_length")
-        held = self.codes.shape[self.packed_axis]
-        if held != packing.packed_size(self.packed_length, q.bits):
-            raise ValueError(
-                f"{name}: invariant 2: packed axis {self.packed_axis} has {held} bytes;"
-                f" {self.packed_length} {q.name} codes take"
-                f" {packing.packed_size(self.packed_length, q.bits)}"
-            )
-
-    def _validate_scales(self, name: str) -> None:
-        shape = self.shape
-        scale_shape = tuple(self.scale.shape)
-        if len(scale_shape) != len(shape) or any(
-            s < 1 or n % s for n, s in zip(shape, scale_shape, strict=True) if n
-        ):
-            raise ValueError(
-                f"{name}: invariant 3: scale shape {scale_shape} does not divide shape {shape}"
-            )
-        if self.zero_point is not None:
-            if not self.qtype.asymmetric:
-                raise ValueError(f"{name}: invariant 4: {self.qtype.name} has no zero point")
-            if tuple(self.zero_point.shape) != scale_shape:
-                raise ValueError(
-                    f"{name}: invariant 4: zero_point shape {tuple(self.zero_point.shape)} is not"
-                    f" the scale's {scale_shape}"
-                )
-        if self.input_scale is not None:
-            given = tuple(self.input_scale.shape)
-            if len(given) != len(shape) or any(
-                s not in (1, n) for n, s in zip(shape, given, strict=True)
-            ):
-                raise ValueError(
-                    f"{name}: invariant 5: input_scale shape {given} must have rank {len(shape)}"
-                    f" and sizes 1 or those of {shape}"
-                )
-        for part, dtype in (
-            ("dtype", self.dtype),
-            ("scale", self.scale.dtype),
-            ("input_scale", None if self.input_scale is None else self.input_scale.dtype),
-        ):
-            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(f"{name}: invariant 6: {part} must be floating, not {dtype}")
-        if isinstance(self.scale, QTensor):
-            self.scale.validate(f"{name}.scale")
 
     # -- no arithmetic -----------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxquant.core.blocks import check_block_shape, map_slices, reduce_blocks, scale_shape
+from jaxquant.core.absmax import RangeFn, absmax_range
+from jaxquant.core.blocks import check_block_shape, map_slices
 from jaxquant.core.codes import encode
 from jaxquant.core.placement import part_shardings
 from jaxquant.core.qtensor import QTensor
@@ -35,33 +36,6 @@ __all__ = [
 ]
 
 _SLICE = 2**20  # elements; what a search for ranges may hold temporarily, a few times over
-
-RangeFn = Callable[[jax.Array, tuple[int, ...], QType, bool], tuple[jax.Array, jax.Array]]
-"""(w, block_shape, qtype, symmetric) -> (lo, hi), float32 with one value a block; hashable."""
-
-
-def absmax_range(
-    w: jax.Array, block_shape: tuple[int, ...], qtype: QType, symmetric: bool
-) -> tuple[jax.Array, jax.Array]:
-    """The whole range of each block: (-max|w|, max|w|), or (min, max) if asymmetric.
-
-    One bit, symmetric, has the range (-mean|w|, mean|w|) instead: its scale is the mean
-    magnitude, which minimizes the squared error of sign(w) * scale (XNOR-Net, arXiv 1603.05279).
-    """
-
-    def reduce(fn: Callable[..., jax.Array]) -> jax.Array:
-        return reduce_blocks(w, block_shape, fn).astype(jnp.float32)
-
-    if not symmetric:
-        return reduce(jnp.min), reduce(jnp.max)
-    if qtype.bits == 1:
-        # Scaled first, so that the sum of huge values does not overflow.
-        n = float(max(1, w.size // max(1, _count(w.shape, block_shape))))
-        hi = reduce(lambda x, axis: jnp.sum(jnp.abs(x).astype(jnp.float32) / n, axis=axis))
-    else:
-        # Not max(abs(w)): on CPU XLA keeps a copy of |w| and takes many times as long.
-        hi = jnp.maximum(reduce(jnp.max), -reduce(jnp.min))
-    return -hi, hi
 
 
 def quantize_array(
@@ -110,6 +84,8 @@ def quantize_array(
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"{name}: only floating-point arrays are quantized, not {w.dtype}")
+    if not w.size:
+        raise ValueError(f"{name}: shape {w.shape} holds no values to quantize")
     if scale is not None:
         block_shape = tuple(n // s for n, s in zip(w.shape, scale.shape, strict=True))
     block_shape = check_block_shape(w.shape, block_shape, name)
@@ -291,10 +267,6 @@ def _largest(w: jax.Array) -> jax.Array:
 @jax.jit
 def _count_nonfinite(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(jnp.isnan(w), dtype=jnp.int32), jnp.sum(jnp.isinf(w), dtype=jnp.int32)
-
-
-def _count(shape: Sequence[int], block_shape: Sequence[int]) -> int:
-    return math.prod(scale_shape(shape, block_shape))
 
 
 def _check_options(

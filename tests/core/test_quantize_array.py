@@ -244,6 +244,8 @@ def test_errors_name_the_parameter() -> None:
         quantize_array(w, "mxfp4", (16, 1), name="a/kernel")
     with pytest.raises(ValueError, match="a/kernel: only floating-point arrays"):
         quantize_array(w.astype(np.int32), "int8", (96, 1), name="a/kernel")
+    with pytest.raises(ValueError, match=r"a/kernel: shape \(0, 4\) holds no values"):
+        quantize_array(w[:0], "int8", (1, 1), name="a/kernel")
     with pytest.raises(ValueError, match="needs one size for each axis"):
         check_block_shape((4, 4), (4,))
 
