@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxquant.core import _compat, placement
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.remat_policy import as_dot_policy
+from jaxquant.passes.forwarding import forwarded_operands
 from jaxquant.passes.interpreter import Context, Rule, Weight, is_weight, register
 
 CONTROL: dict[Primitive, Rule] = {}
@@ -86,38 +87,40 @@ def remat_rule(ctx: Context, ins: list[Any]) -> list[Any]:
 def scan_rule(ctx: Context, ins: list[Any]) -> list[Any]:
     """Weights enter a scan as constants, or stacked and sliced along their first axis."""
     params = ctx.params
-    body, _ = _compat.open_jaxpr(params["jaxpr"])
     num_consts, num_carry = _compat.scan_arity(ctx.eqn)
     consts, carry, xs = _split(ins, num_consts, num_carry)
     xs = [_stacked(x, ctx) if is_weight(x) else x for x in xs]
-    state, fixed = separate_invariant(ctx, carry, body.invars[num_consts:], body.outvars)
+    state, fixed = separate_invariant(ctx, carry)
+    # Layers that the body hands on are stacked again as they were: the weight itself.
+    sources = forwarded_operands(ctx.eqn)[num_carry:]
+    kept = {i: ins[k] for i, k in enumerate(sources) if k is not None and is_weight(ins[k])}
 
     def step(state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         outs = ctx.run(0, params["jaxpr"], [*consts, *merge_fixed(state, fixed), *x])
         new = [_array(ctx, out) for i, out in enumerate(outs[:num_carry]) if i not in fixed]
-        return _like(new, state), [_array(ctx, out) for out in outs[num_carry:]]
+        ys = [_array(ctx, y) for i, y in enumerate(outs[num_carry:]) if i not in kept]
+        return _like(new, state), ys
 
     state, ys = jax.lax.scan(
         step, state, xs, length=params["length"], reverse=params["reverse"],
         unroll=params["unroll"],
     )  # fmt: skip
-    return [*merge_fixed(state, fixed), *ys]
+    return [*merge_fixed(state, fixed), *merge_fixed(ys, kept)]
 
 
 @register(CONTROL, jp.while_p)
 def while_rule(ctx: Context, ins: list[Any]) -> list[Any]:
     """Weights enter a while loop as constants."""
     params = ctx.params
-    body, _ = _compat.open_jaxpr(params["body_jaxpr"])
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, carry = _split(ins, num_cond, num_body)
-    state, fixed = separate_invariant(ctx, carry, body.invars[num_body:], body.outvars)
+    state, fixed = separate_invariant(ctx, carry)
 
-    def cond(state: list[Any]) -> Any:
+    def cond(state: Sequence[Any]) -> Any:
         (out,) = ctx.run(0, params["cond_jaxpr"], [*cond_consts, *merge_fixed(state, fixed)])
         return out
 
-    def step(state: list[Any]) -> list[Any]:
+    def step(state: Sequence[Any]) -> Sequence[Any]:
         outs = ctx.run(1, params["body_jaxpr"], [*body_consts, *merge_fixed(state, fixed)])
         new = [_array(ctx, out) for i, out in enumerate(outs) if i not in fixed]
         return _like(new, state)
@@ -175,21 +178,18 @@ def _split(ins: list[Any], first: int, second: int) -> tuple[list[Any], list[Any
     return ins[:first], ins[first : first + second], ins[first + second :]
 
 
-def separate_invariant(
-    ctx: Context, carry: list[Any], carry_invars: Sequence[Any], outvars: Sequence[Any]
-) -> tuple[list[Any], dict[int, Weight]]:
+def separate_invariant(ctx: Context, carry: list[Any]) -> tuple[list[Any], dict[int, Weight]]:
     """Splits a loop's carry into arrays and weights that the body returns untouched.
 
     Args:
       ctx: context of the loop.
       carry: initial values.
-      carry_invars: the body's inputs from the first carried one on.
-      outvars: the body's outputs, carried ones first.
 
     Returns:
       The carried arrays, and by position the weights, which are constants of the loop.
     """
-    fixed = {i: x for i, x in enumerate(carry) if is_weight(x) and outvars[i] is carry_invars[i]}
+    same = [source is not None for source in forwarded_operands(ctx.eqn)]
+    fixed = {i: x for i, x in enumerate(carry) if is_weight(x) and same[i]}
     return [_array(ctx, x) for i, x in enumerate(carry) if i not in fixed], fixed
 
 

@@ -66,7 +66,7 @@ def insert_observers(
     def observed(*inputs: Any) -> dict[str, Any]:
         observer = _Observer(statistics)
         marked = [
-            Weight(x, path) if path in statistics else x
+            Weight(x, path) if path is not None and path in statistics else x
             for x, path in zip(inputs, program.paths, strict=True)
         ]
         with observer.collecting() as found:
@@ -182,7 +182,7 @@ def _scan(ctx: Context, ins: list[Any]) -> list[Any]:
         x.replace(levels=(*x.levels, ctx.site)) if is_weight(x) else x
         for x in ins[num_consts + num_carry :]
     ]
-    state, fixed = separate_invariant(ctx, carry, body.invars[num_consts:], body.outvars)
+    state, fixed = separate_invariant(ctx, carry)
 
     def step(state: list[Any], x: list[Any]) -> tuple[list[Any], tuple[list[Any], Collected]]:
         with observer.collecting() as found:
@@ -209,7 +209,7 @@ def _while(ctx: Context, ins: list[Any]) -> list[Any]:
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = ins[:num_cond], ins[num_cond : num_cond + num_body]
     carry = ins[num_cond + num_body :]
-    state, fixed = separate_invariant(ctx, carry, body.invars[num_body:], body.outvars)
+    state, fixed = separate_invariant(ctx, carry)
 
     def cond(full: tuple[list[Any], Collected]) -> Any:
         args = [*cond_consts, *merge_fixed(full[0], fixed)]

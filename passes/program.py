@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -91,7 +91,7 @@ def trace(
 
     def flatten(tree: Any, *args: Any, **kwargs: Any) -> list[Any]:
         given, other = jax.tree_util.tree_flatten((tree, tuple(args), dict(kwargs)))
-        if other != treedef:
+        if cast(Any, other) != treedef:
             raise ValueError(
                 f"the arguments differ in structure from those traced: {other} is not {treedef}"
             )

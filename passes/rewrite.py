@@ -59,9 +59,10 @@ class Rewriter(Reporter):
         rule = rule_for(self._op_rules, ctx.names)
         if rule is None or rule.act is None:
             return None
-        p = ctx.params
+        p, (lhs, rhs) = ctx.params, ins
         out = primitives.quantized_attention_dot(
-            *ins,
+            lhs,
+            rhs,
             p["dimension_numbers"],
             rule.act,
             precision=p["precision"],

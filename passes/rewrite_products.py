@@ -6,7 +6,7 @@ weight's own business (`QTensor.act`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.extend.core import Primitive
@@ -30,7 +30,8 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
             rhs = ctx.float(rhs, reason)
         else:
             lhs = ctx.float(lhs, reason)
-    weight, x, side = (lhs, rhs, "lhs") if is_weight(lhs) else (rhs, lhs, "rhs")
+    side: Literal["lhs", "rhs"] = "lhs" if is_weight(lhs) else "rhs"
+    weight, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
     _require_float(x)
     w, dims = weight.value, ctx.params["dimension_numbers"]
     kept = ("precision", "preferred_element_type", "out_sharding")

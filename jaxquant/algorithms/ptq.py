@@ -110,14 +110,15 @@ def _input_scales(
         return {}
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree_util.tree_leaves(tree)):
         return {p.path: _abstract_input_scale(p) for p in plans}
-    statistics = {p.path: calibrate.statistic_for(p.act) for p in plans}
+    acts = {p.path: p.act for p in plans if p.act is not None}
+    statistics = {path: calibrate.statistic_for(act) for path, act in acts.items()}
     stats = calibrate.collect(fn, tree, paths, calls, statistics)
     unseen = [p.path for p in plans if p.path not in stats]
     if unseen:
         raise ValueError(f"no calibration batch reaches the product that {unseen[0]!r} is used in")
     return {
         p.path: calibrate.input_scale(
-            stats[p.path], statistics[p.path], p.act, p.shape, p.layer_axes
+            stats[p.path], statistics[p.path], acts[p.path], p.shape, p.layer_axes
         )
         for p in plans
     }
@@ -130,8 +131,16 @@ def _abstract_input_scale(plan: ParamPlan) -> jax.ShapeDtypeStruct:
 
 def _quantize(leaf: Any, plan: ParamPlan) -> QTensor:
     """Quantizes one leaf, or says what it would become where only its shape is known."""
-    options = {"packed_axis": plan.packed_axis, "stack_axes": plan.stack_axes, "act": plan.act}
-    weight = quantize_weight(leaf, plan.scheme, plan.block_shape, name=plan.path, **options)
+    assert plan.scheme is not None and plan.block_shape is not None, plan.path
+    weight = quantize_weight(
+        leaf,
+        plan.scheme,
+        plan.block_shape,
+        packed_axis=plan.packed_axis,
+        stack_axes=plan.stack_axes,
+        act=plan.act,
+        name=plan.path,
+    )
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.block_until_ready(weight)  # one leaf at a time: bounds the peak memory
     if not isinstance(leaf.sharding, NamedSharding):
