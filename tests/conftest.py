@@ -13,7 +13,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
-os.environ.setdefault("JAXQUANT_VERIFY", "1")  # the pass manager verifies after every pass
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

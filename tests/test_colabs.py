@@ -15,9 +15,7 @@ NOTEBOOKS = sorted((_ROOT / "colabs").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_notebook_runs_from_a_clean_kernel(path: Path, tmp_path: Path, monkeypatch):
-    # The kernel is a user's: one device, no verification after every pass.
-    for name in ("XLA_FLAGS", "JAXQUANT_VERIFY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # the kernel is a user's: one device
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, resources=resources).execute()
