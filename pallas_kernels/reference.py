@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxquant.pallas_kernels import int4_columns
@@ -25,6 +24,7 @@ from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import centered, dequantize, spread_axis, spread_blocks
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import DotMethod, choose_dot
+from jaxquant.pallas_kernels.plain_dot import int32_dot, plain_dot
 
 
 def dot_general(
@@ -76,17 +76,21 @@ def dot_general(
                 options = {"act": act, "precision": precision, "out_dtype": out_dtype}
                 return _over_input_scales(x, weight, axis, axes, on_cpu=on_cpu, **options)
     if on_cpu and int4_columns.pays(axes.rows(x.shape), values, axes):
-        options = {"act": act, "precision": precision, "out_dtype": out_dtype, "method": method}
 
-        def product(*columns: Any) -> jax.Array:
+        def product(v: jax.Array, s: jax.Array, z: jax.Array | None) -> jax.Array:
             return dot_general(
                 x,
-                *columns,
+                v,
+                s,
+                z,
                 input_scale,
                 dimension_numbers=dimension_numbers,
                 weight_side=weight_side,
+                act=act,
+                precision=precision,
+                out_dtype=out_dtype,
+                method=method,
                 on_cpu=True,
-                **options,
             )
 
         out_axis = axes.weight_out_axis(values.ndim - 1)
@@ -110,47 +114,12 @@ def dot_general(
     if method is DotMethod.FP8:
         if on_cpu:
             codes, values = codes.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
-        out = _dot(codes, values, axes, None, wide) * _to_out(scale, axes, values.shape)
+        out = plain_dot(codes, values, axes, None, wide) * _to_out(scale, axes, values.shape)
     else:
         # Codes of 8 bits are exact in every float dtype: rounding happened once, in the codes.
         floats = codes.astype(x.dtype)
         out = _float_dot(method, floats, values, scale, zero_point, axes, precision)
     return (out * axes.x_to_out(x_scale)).astype(out_dtype)
-
-
-def dot_of_activations(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    lhs_act: ActQuant,
-    rhs_act: ActQuant,
-    *,
-    dimension_numbers: DotDimensionNumbers,
-    out_dtype: jax.typing.DTypeLike,
-) -> jax.Array:
-    """Product of two activations, both quantized dynamically.
-
-    Args:
-      lhs: floats.
-      rhs: floats.
-      lhs_act: scheme of lhs; its scale must be constant over contracted axes.
-      rhs_act: likewise for rhs, with the same dtype.
-      dimension_numbers: as for lax.dot_general.
-      out_dtype: dtype of the result.
-
-    Returns:
-      Array laid out as lax.dot_general's.
-    """
-    axes = DotAxes.make(dimension_numbers, lhs.ndim, rhs.ndim, "rhs")
-    lhs_codes, lhs_scale = quantize_activation(lhs, lhs_act)
-    rhs_codes, rhs_scale = quantize_activation(rhs, rhs_act)
-    wide = jnp.promote_types(lhs_scale.dtype, rhs_scale.dtype)
-    if lhs_act.dtype == "int8":
-        sums = _int32_dot(lhs_codes, rhs_codes, axes).astype(wide)
-    else:
-        sums = _dot(
-            lhs_codes.astype(jnp.bfloat16), rhs_codes.astype(jnp.bfloat16), axes, None, wide
-        )
-    return (sums * axes.x_to_out(lhs_scale) * axes.w_to_out(rhs_scale)).astype(out_dtype)
 
 
 def _check_input_scale(input_scale: jax.Array, axes: DotAxes) -> None:
@@ -160,13 +129,6 @@ def _check_input_scale(input_scale: jax.Array, axes: DotAxes) -> None:
                 f"input_scale has size {input_scale.shape[axis]} on the weight's contracted axis "
                 f"{axis}; one static scale must cover all contracted values"
             )
-
-
-def _dot(x: jax.Array, w: jax.Array, axes: DotAxes, precision: Any, sums: Any) -> jax.Array:
-    left, right = (x, w) if axes.weight_side == "rhs" else (w, x)
-    return lax.dot_general(
-        left, right, axes.dimension_numbers, precision=precision, preferred_element_type=sums
-    )
 
 
 def _to_out(scale: jax.Array, axes: DotAxes, w_shape: tuple[int, ...]) -> jax.Array:
@@ -186,16 +148,18 @@ def _float_dot(
     """The product of floats with the weight; the result is in the dtype of the sums."""
     sums = scale.dtype
     if method is DotMethod.DEQUANTIZE:
-        return _dot(x, dequantize(values, scale, zero_point, x.dtype), axes, precision, sums)
+        return plain_dot(x, dequantize(values, scale, zero_point, x.dtype), axes, precision, sums)
     w = centered(values, zero_point, x.dtype)
     if method is DotMethod.SCALED_INPUT:
         spread = axes.w_to_x(spread_blocks(scale, values.shape))
-        return _dot((x.astype(sums) * spread).astype(x.dtype), w, axes, precision, sums)
+        return plain_dot((x.astype(sums) * spread).astype(x.dtype), w, axes, precision, sums)
     if method is DotMethod.GROUPS:
         x, w, scale = _by_group((x, w, scale), scale.shape, axes)
         axes = axes.stacked
-        return jnp.sum(_dot(x, w, axes, precision, sums) * _to_out(scale, axes, w.shape), axis=0)
-    return _dot(x, w, axes, precision, sums) * _to_out(scale, axes, values.shape)
+        return jnp.sum(
+            plain_dot(x, w, axes, precision, sums) * _to_out(scale, axes, w.shape), axis=0
+        )
+    return plain_dot(x, w, axes, precision, sums) * _to_out(scale, axes, values.shape)
 
 
 def _integer_dot(
@@ -225,7 +189,7 @@ def _integer_dot(
 def _scaled_integer_dot(operands: tuple[Any, ...], axes: DotAxes) -> jax.Array:
     """One integer dot, its exact zero point correction, and the weight's scale per column."""
     codes, values, scale, zero_point = operands
-    sums = _int32_dot(codes, values, axes)
+    sums = int32_dot(codes, values, axes)
     if zero_point is not None:
         row_sums = axes.x_to_out(jnp.sum(codes, axes.x_contract, jnp.int32, keepdims=True))
         zero = _to_out(zero_point, axes, values.shape)
@@ -236,23 +200,6 @@ def _scaled_integer_dot(operands: tuple[Any, ...], axes: DotAxes) -> jax.Array:
                 scale.dtype
             )
     return sums.astype(scale.dtype) * _to_out(scale, axes, values.shape)
-
-
-def _int32_dot(codes: jax.Array, values: jax.Array, axes: DotAxes) -> jax.Array:
-    """int8 x int8 -> int32.
-
-    A single row gets a row of zeros for company: XLA's CPU backend turns a matrix-vector product
-    of integers into a loop that takes five times as long.
-    """
-    if axes.rows(codes.shape) != 1:
-        return _dot(codes, values, axes, None, jnp.int32)
-    if not axes.x_free:
-        out = _int32_dot(codes[None], values, axes.with_x_row)
-        return lax.squeeze(out, [len(axes.x_batch)])
-    axis = axes.x_free[0]
-    padding = [(0, int(a == axis), 0) for a in range(codes.ndim)]
-    out = _dot(lax.pad(codes, np.int8(0), padding), values, axes, None, jnp.int32)
-    return lax.slice_in_dim(out, 0, 1, axis=len(axes.x_batch))
 
 
 def _by_group(

@@ -17,8 +17,8 @@ from jax import lax
 from jaxquant.core import _compat
 from jaxquant.core.primitives.weights import act_quant
 from jaxquant.core.schemes import ActScheme
-from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.dot_axes import DotDimensionNumbers
+from jaxquant.pallas_kernels.reference_attention import dot_of_activations
 
 
 def quantized_attention_dot(
@@ -75,7 +75,7 @@ def _attention_dot(
         jax.ShapeDtypeStruct(lhs.shape, lhs.dtype),
         jax.ShapeDtypeStruct(rhs.shape, rhs.dtype),
     )
-    return reference.dot_of_activations(
+    return dot_of_activations(
         lhs,
         rhs,
         act_quant(act, lhs.ndim, lhs_contract),
