@@ -22,6 +22,7 @@ from jaxquant.passes import axes
 from jaxquant.passes import weight_moves as weight_moves  # enters its rules
 from jaxquant.passes import weight_products as weight_products  # enters its rules
 from jaxquant.passes.follow import MOVES, STRUCTURE, Followed, Step, Values
+from jaxquant.passes.forwarding import forwarded_inputs
 from jaxquant.passes.interpreter import Site
 from jaxquant.passes.op_kinds import describe, mark_attends
 from jaxquant.passes.op_use import OpUse, axis_uses
@@ -46,8 +47,8 @@ def find_weights(program: Program) -> tuple[OpUse, ...]:
         for i, (path, var) in enumerate(zip(program.paths, jaxpr.invars, strict=True))
     ]
     outs = walker.run(jaxpr, args, (), ())
-    for out, var in zip(outs, jaxpr.outvars, strict=True):
-        if out is not None and not any(var is v for v in jaxpr.invars):
+    for out, source in zip(outs, forwarded_inputs(jaxpr), strict=True):
+        if out is not None and source is None:
             walker.end(out, "is returned by the function")
     return mark_attends(walker.uses)
 

@@ -34,6 +34,12 @@ def forwarded_inputs(jaxpr: Any) -> Origins:
     return [_origin(v, origin) for v in jaxpr.outvars]
 
 
+def forwarded_operands(eqn: Any) -> Origins:
+    """For each output of an equation with sub-jaxprs the operand that it is, or None."""
+    rule = RULES.get(eqn.primitive)
+    return [None] * len(eqn.outvars) if rule is None else rule(eqn)
+
+
 def _origin(var: Any, origin: dict[Any, int]) -> int | None:
     return None if isinstance(var, Literal) else origin.get(var)
 

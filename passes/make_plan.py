@@ -57,6 +57,12 @@ def make_plan(program: Program, assignment: Assignment, notes: Sequence[str] = (
     rows += [
         _unused_row(p, sizes[p.path]) for p in assignment.params.values() if p.path not in listed
     ]
+    known = {(use.site, use.param) for use in assignment.uses}
+    rows += [
+        _event_row(event, assignment.params[path])
+        for (site, path), event in events.items()
+        if event.action == "dequantized" and (site, path) not in known
+    ]
     if not weights:
         notes = [*notes, "nothing is quantized: every row says why"]
     return Plan(assignment.recipe.name, tuple(rows), tuple(notes))
@@ -202,6 +208,22 @@ def _unused_row(plan: ParamPlan, sizes: tuple[int, int]) -> PlanRow:
         bytes_after=sizes[1],
         counts=True,
         source=use.source if use else "",
+    )
+
+
+def _event_row(event: Event, plan: ParamPlan) -> PlanRow:
+    """A weight that the rewriter turns to floats where no use of it was found."""
+    return PlanRow(
+        path=_module(plan.path),
+        cls=None,
+        kind="other",
+        param=plan.path,
+        param_shape=plan.shape,
+        qtype=plan.scheme.qtype if plan.scheme else None,
+        status="dequantized",
+        lowering=event.lowering,
+        reason=event.reason,
+        source=event.source,
     )
 
 

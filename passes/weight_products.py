@@ -18,6 +18,7 @@ from jaxquant.core.structure import Unstructured
 from jaxquant.passes import axes
 from jaxquant.passes.axes import Origin, Role
 from jaxquant.passes.follow import STRUCTURE, Step, Values, register
+from jaxquant.passes.forwarding import forwarded_operands
 
 # --- products -----------------------------------------------------------------------------------
 
@@ -85,23 +86,29 @@ def _call(step: Step, ins: Values) -> Values:
 
 @register(STRUCTURE, jp.custom_jvp_call_p, jp.custom_vjp_call_p)
 def _custom_derivative(step: Step, ins: Values) -> Values:
-    outs = step.enter(0, step.params["call_jaxpr"], ins)
-    step.end(outs, f"leaves {step.eqn.primitive} as a value")
-    return [None] * len(outs)
+    return _leave(step, step.enter(0, step.params["call_jaxpr"], ins))
 
 
 def _loop(step: Step, sub: int, body: Any, consts: Values, carry: Values, xs: Values) -> Values:
     """Follows a loop's body; what it carries unchanged is a constant of the loop."""
-    jaxpr, _ = _compat.open_jaxpr(body)
-    carried = jaxpr.invars[len(consts) : len(consts) + len(carry)]
-    same = [jaxpr.outvars[i] is v for i, v in enumerate(carried)]
+    same = [source is not None for source in forwarded_operands(step.eqn)]
     changes = f"is carried by {step.eqn.primitive} and changed"
     step.end([v for v, s in zip(carry, same) if not s], changes)
     kept = [v if s else None for v, s in zip(carry, same)]
-    outs = step.enter(sub, body, [*consts, *kept, *xs])
-    fixed = [i < len(same) and same[i] for i in range(len(outs))]
-    step.end([v for v, s in zip(outs, fixed) if not s], f"leaves {step.eqn.primitive} as a value")
-    return [v if s else None for v, s in zip(outs, fixed)]
+    return _leave(step, step.enter(sub, body, [*consts, *kept, *xs]))
+
+
+def _leave(step: Step, outs: Values) -> Values:
+    """Ends what leaves an equation, but for values that it only hands on."""
+    same = forwarded_operands(step.eqn)
+    what = f"leaves {step.eqn.primitive} as a value"
+    step.end([v for v, source in zip(outs, same) if source is None], what)
+    return [None] * len(outs)
+
+
+def _handed_on(step: Step, ins: Values) -> Values:
+    """The operands that an equation hands on, in the place of its outputs."""
+    return [None if source is None else ins[source] for source in forwarded_operands(step.eqn)]
 
 
 @register(STRUCTURE, jp.scan_p)
@@ -110,7 +117,8 @@ def _scan(step: Step, ins: Values) -> Values:
     consts, rest = ins[:num_consts], ins[num_consts:]
     take = functools.partial(axes.remove, dims=(0,), role="layer")
     xs = [v and v.moved(v.shape[1:], take) for v in rest[num_carry:]]
-    return _loop(step, 0, step.params["jaxpr"], consts, rest[:num_carry], xs)
+    _loop(step, 0, step.params["jaxpr"], consts, rest[:num_carry], xs)
+    return _handed_on(step, ins)
 
 
 @register(STRUCTURE, jp.while_p)
@@ -118,17 +126,17 @@ def _while(step: Step, ins: Values) -> Values:
     p = step.params
     num_cond, num_body = p["cond_nconsts"], p["body_nconsts"]
     carry = ins[num_cond + num_body :]
-    outs = _loop(step, 1, p["body_jaxpr"], ins[num_cond : num_cond + num_body], carry, [])
-    fixed = [v if out is not None else None for v, out in zip(carry, outs)]
-    step.end(step.enter(0, p["cond_jaxpr"], [*ins[:num_cond], *fixed]), "leaves while as a value")
+    _loop(step, 1, p["body_jaxpr"], ins[num_cond : num_cond + num_body], carry, [])
+    outs = _handed_on(step, ins)
+    step.end(step.enter(0, p["cond_jaxpr"], [*ins[:num_cond], *outs]), "leaves while as a value")
     return outs
 
 
 @register(STRUCTURE, jp.cond_p)
 def _cond(step: Step, ins: Values) -> Values:
     for sub, branch in enumerate(step.params["branches"]):
-        step.end(step.enter(sub, branch, ins[1:]), "leaves a branch of cond as a value")
-    return [None] * len(step.eqn.outvars)
+        _leave(step, step.enter(sub, branch, ins[1:]))
+    return _handed_on(step, ins)
 
 
 @register(STRUCTURE, _compat.shard_map_p)

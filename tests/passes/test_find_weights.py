@@ -455,3 +455,22 @@ def test_a_gradient_taken_inside_contracts_the_other_axis():
 
     found = [u for u in uses(fn, W, X) if u.param == "w"]
     assert [blocks(u) for u in found] == [[8, 1], [1, 6]]
+
+
+def test_what_is_only_handed_on_is_no_use():
+    """As nnx.jit, nnx.remat and nnx.scan do with a module's state."""
+
+    def fn(p, x):
+        x, w = jax.jit(lambda w, x: (x @ w, w))(p["w"], x)
+        x, v = jax.checkpoint(lambda v, x: (jnp.tanh(x @ v), v))(p["v"], x)
+        step = jax.checkpoint(lambda c, s: ((c[0] @ s, c[1]), s))
+        (x, w), s = lax.scan(step, (x, w), p["s"])
+        return x, w, v, s
+
+    params = {"w": f32(8, 8), "v": f32(8, 8), "s": f32(3, 8, 8)}
+    found = uses(fn, params, X)
+    assert [(u.param, u.primitive) for u in found] == [
+        ("w", "dot_general"),
+        ("v", "dot_general"),
+        ("s", "dot_general"),
+    ]
