@@ -198,3 +198,19 @@ def test_numbered_layers_are_drawn_once():
 )
 def test_sizes_are_written_as_people_read_them(count, text):
     assert format_bytes(count) == text
+
+
+def test_layers_that_a_scan_hands_on_are_never_floats():
+    def fn(p, x):
+        layer = jax.checkpoint(lambda c, w: (jnp.tanh(c @ w), w))
+        return jax.lax.scan(layer, x, p["w"])
+
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 8, 8))}
+    x = jnp.ones((2, 8))
+    assignment, plan = planned(WeightScheme("int8"), fn, params, x)
+    assert [(row.param, row.status) for row in plan.rows] == [("w", "quantized")]
+    w = quantized(assignment.params["w"], params["w"])
+    out, layers = transform(fn)({"w": w}, x)
+    np.testing.assert_array_equal(layers.codes, w.codes)
+    expected, _ = fn({"w": w.dequantize()}, x)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
