@@ -80,8 +80,9 @@ def quantize_activation(
         reach = lax.max(reach, _full_like(reach, compute))
         scale = reach * np.asarray(1 / greatest, compute)
     scaled = x * (np.asarray(greatest, compute) / reach)
-    limit = np.asarray(greatest, compute)
-    scaled = lax.clamp(-limit, scaled, limit)
+    if act.static:  # a measured range holds all values, up to what rounding takes back
+        limit = np.asarray(greatest, compute)
+        scaled = lax.clamp(-limit, scaled, limit)
     if act.dtype == "int8":
         return _round_to_int8(scaled), scale
     return scaled.astype(act.dtype), scale
@@ -98,7 +99,7 @@ def _full_like(scale: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _round_to_int8(x: jax.Array) -> jax.Array:
-    """Nearest integers, half to even, of values within -127..127."""
+    """Nearest integers, half to even, of values within -127.5..127.5; NaN becomes any code."""
     if x.dtype != jnp.float32:
         return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int8)
     bits = lax.bitcast_convert_type(x + _ROUNDER, jnp.int32)
