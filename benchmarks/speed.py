@@ -190,12 +190,12 @@ def _trace_time(model: Any, variables: Any, tokens: jax.Array) -> float:
 
 
 def _race(
-    calls: dict[str, Callable[[], Any]], baseline: str, quick: bool
+    calls: dict[str, Callable[[], Any]], baseline: str, quick: bool, seconds: float = 45
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Times compiled calls against each other: table rows, and median seconds by name."""
     for call in calls.values():
         jax.block_until_ready(call())
-    options = LatencyOptions(rounds=5 if quick else 40, max_seconds=120)
+    options = LatencyOptions(rounds=5 if quick else 30, max_seconds=seconds)
     timings = measure_latency(calls, options)
     base = timings[baseline].samples_s
     table = []
@@ -229,6 +229,7 @@ def _weight_dots(config: Any, rows: int, quick: bool) -> tuple[float, float]:
             {"f": lambda: floats(w, x), "q": lambda: bare(bare_w, x)},  # noqa: B023
             "f",
             quick,
+            seconds=10,
         )
         total += count * times["f"]
         total_q += count * times["q"]

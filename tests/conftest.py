@@ -34,6 +34,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Frees what a module compiled; without it a worker grows to several gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository."""
