@@ -101,8 +101,7 @@ def test_while_cond_remat_jit_and_custom_rules():
             lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["w"])), (0, x)
         )[1]
         x = lax.cond(x.sum() > -1e9, lambda x: x @ p["a"], lambda x: (9 * x) @ p["b"], x)
-        x = jax.checkpoint(lambda x: jax.jit(lambda x: layer(p["c"], jax.nn.silu(x)))(x))(x)
-        return x
+        return jax.checkpoint(lambda x: jax.jit(lambda x: layer(p["c"], jax.nn.silu(x)))(x))(x)
 
     params = dict.fromkeys("wabc", W)
     found = observe(fn, params, X)
