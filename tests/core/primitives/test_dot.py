@@ -292,7 +292,8 @@ def test_backward_pass_stays_quantized():
 def test_gradient_of_a_part_is_an_error(part):
     w = make_qtensor(jnp.ones((8, 4), jnp.int8), jnp.ones((1, 4)), jnp.ones((1, 4)), qtype="int8")
     fn = lambda p: quantized_dot_general(random(0, 3, 8), w.replace(**{part: p}), MATMUL).sum()  # noqa: E731
-    with pytest.raises(TypeError, match=f"{part} of a quantized weight.*stop_gradient.*float leaves"):
+    message = f"{part} of a quantized weight.*stop_gradient.*float leaves"
+    with pytest.raises(TypeError, match=message):
         jax.grad(fn)(getattr(w, part))
 
 
