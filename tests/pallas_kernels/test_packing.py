@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxquant.pallas_kernels.packing import pack, packed_size, unpack
+from jaxquant.pallas_kernels import packing
+from jaxquant.pallas_kernels.packing import packed_size
+
+pack = jax.jit(packing.pack, static_argnums=(1, 2))  # one compilation instead of ten
+unpack = jax.jit(packing.unpack, static_argnums=(1, 2, 3))
 
 GRIDS = {3: range(-4, 4), 2: (-3, -1, 1, 3), 1: (-1, 1)}
 bits_of = st.sampled_from(list(GRIDS))
