@@ -111,7 +111,7 @@ class ActScheme:
       granularity: "token" (a scale for every row of contracted values) or "tensor".
       mode: "dynamic" (the range is taken from the values at hand) or "static" (taken once from
         calibration data and stored beside the weight; "tensor" only).
-      range: how calibration chooses a static range: "absmax" or "percentile".
+      range: how calibration chooses a static range: "absmax" or "percentile" ("static" only).
       percentile: the percentile of the magnitudes that "percentile" clips at, in (0, 100].
     """
 
@@ -129,6 +129,11 @@ class ActScheme:
         _choose("granularity", self.granularity, ActGranularity)
         _choose("range", self.range, ActRange)
         _check_percentile(self.percentile)
+        if self.mode == "dynamic" and self.range != "absmax":
+            raise ValueError(
+                f"range={self.range!r} needs calibration data: use mode='static', or "
+                "range='absmax' for a dynamic scale"
+            )
         if self.mode == "static" and self.granularity != "tensor":
             raise ValueError(
                 "a static activation scale is one number for the tensor: tokens are not known "

@@ -166,3 +166,9 @@ def test_short_names_say_what_a_reader_needs():
 def test_the_documentation_names_every_preset_and_kind(repository):
     text = (repository / "docs" / "recipes.md").read_text()
     assert not [name for name in (*PRESETS, *OP_KINDS) if f"`{name}`" not in text]
+
+
+def test_a_dynamic_range_is_the_absolute_maximum():
+    with pytest.raises(ValueError, match="needs calibration data: use mode='static'"):
+        ActScheme("int8", mode="dynamic", range="percentile")
+    assert ActScheme("int8", mode="static", range="percentile").percentile == 99.9
