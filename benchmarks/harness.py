@@ -111,13 +111,15 @@ def _processor() -> str:
 
 
 def write(name: str, runs: dict[str, list[Figure]], command: str) -> tuple[Path, Path]:
-    """Writes all runs of all figures as JSON and as markdown; returns both paths."""
+    """Writes all runs as JSON and as markdown; returns both paths.
+
+    Figures that were not measured now are kept, if they come from the same environment.
+    """
     RESULTS.mkdir(exist_ok=True)
     where = environment()
-    data = {
-        key: [dataclasses.asdict(figure) for figure in figures] for key, figures in runs.items()
-    }
     json_path = RESULTS / f"{name}.json"
+    runs = {**_kept(json_path, where), **runs}
+    data = {key: [dataclasses.asdict(figure) for figure in all_] for key, all_ in runs.items()}
     record = {"command": command, "environment": where, "figures": data}
     json_path.write_text(json.dumps(record, indent=1) + "\n")
     lines = ["# Figures of the spine", "", f"`{command}`", ""]
@@ -128,6 +130,15 @@ def write(name: str, runs: dict[str, list[Figure]], command: str) -> tuple[Path,
     markdown_path = RESULTS / f"{name}.md"
     markdown_path.write_text("\n".join(lines))
     return json_path, markdown_path
+
+
+def _kept(path: Path, where: dict[str, Any]) -> dict[str, list[Figure]]:
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    if record["environment"] != where:
+        return {}
+    return {key: [Figure(**figure) for figure in runs] for key, runs in record["figures"].items()}
 
 
 def _markdown(figures: list[Figure]) -> Iterable[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 
 import jax
 
@@ -47,9 +46,7 @@ def main() -> None:
         print([figure.met for figure in runs[name]], flush=True)
     if args.quick:
         return
-    command = "python -m benchmarks.spine"
-    if set(args.only) != set(FIGURES):
-        command += " --only " + shlex.join(args.only)
+    command = "python -m benchmarks.spine"  # or some of the figures, with --only
     for path in harness.write(f"spine-jax-{jax.__version__}", runs, command):
         print(path)
 

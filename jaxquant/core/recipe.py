@@ -224,8 +224,9 @@ def _presets() -> dict[str, Recipe]:
 
     Below 8 bits, embeddings (and the heads tied to them) are kept at int8, one scale a row: they
     are read a row at a time, so their bits cost no bandwidth, and their rows are the least
-    redundant weights of a model. Two and three bits choose their ranges by mean squared error,
-    since the absolute maximum wastes most of so small a grid. Write a recipe for anything else.
+    redundant weights of a model. Two and three bits, and four with one scale a channel, choose
+    their ranges by mean squared error, since the absolute maximum wastes much of so small a grid
+    (w4a8 on the shipped model: KL 0.010 against 0.014). Write a recipe for anything else.
     """
     token = ActScheme("int8")
     rows = WeightScheme("int8")
@@ -235,11 +236,11 @@ def _presets() -> dict[str, Recipe]:
         "w8a8_static": _preset(WeightScheme("int8"), ActScheme("int8", mode="static")),
         "w8a16": _preset(WeightScheme("int8")),
         "fp8": _preset(WeightScheme("float8_e4m3"), ActScheme("float8_e4m3")),
-        "w4a16": _preset(int4(), embed=rows),
+        "w4a16": _preset(int4(range="mse"), embed=rows),
         "w4a16_g128": _preset(int4(group_size=128), embed=rows),
         "w4a16_g64": _preset(int4(group_size=64), embed=rows),
         "w4a16_g32": _preset(int4(group_size=32), embed=rows),
-        "w4a8": _preset(int4(), token, embed=rows),
+        "w4a8": _preset(int4(range="mse"), token, embed=rows),
         "w4a8_g128": _preset(int4(group_size=128), token, embed=rows),
         "w4a8_g64": _preset(int4(group_size=64), token, embed=rows),
         "nf4": _preset(WeightScheme("nf4"), embed=rows),

@@ -246,7 +246,7 @@ def test_functions_and_recipes_by_name():
     fn = lambda params, x: x @ params["w"]  # noqa: E731
     params = {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32)}
     assert [r.weight for r in explain(fn, params, X).rows] == ["int8 channel"]
-    assert [r.weight for r in explain(fn, params, X, recipe="w4a16").rows] == ["int4 channel"]
+    assert [r.weight for r in explain(fn, params, X, recipe="w4a16").rows] == ["int4 channel mse"]
     decorated = quantize("fp8")(fn)
     assert [r.weight for r in explain(decorated, params, X).rows] == ["float8_e4m3 channel"]
     with pytest.raises(ValueError, match="unknown recipe 'w5'"):
