@@ -100,11 +100,7 @@ def _placed(weight: QTensor, aval: Any) -> QTensor:
     sharding = _compat.explicit_sharding(aval)
     if sharding is None:
         return weight
-    return jax.tree_util.tree_map(
-        lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s),
-        weight,
-        placement.part_shardings(weight, sharding),
-    )
+    return placement.placed_structs(weight, sharding)
 
 
 def _float_bytes(plan: ParamPlan) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxquant.algorithms import calibrate
@@ -24,6 +23,7 @@ from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe
 from jaxquant.frontends.batches import call_arguments
+from jaxquant.passes.abstract_weights import abstract_weight
 from jaxquant.passes.assign_recipe import Assignment, ParamPlan
 from jaxquant.passes.make_plan import make_plan
 
@@ -109,7 +109,7 @@ def _input_scales(
     if not plans:
         return {}
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree_util.tree_leaves(tree)):
-        return {p.path: _abstract_input_scale(p) for p in plans}
+        return {p.path: abstract_weight(p).input_scale for p in plans}
     acts = {p.path: p.act for p in plans if p.act is not None}
     statistics = {path: calibrate.statistic_for(act) for path, act in acts.items()}
     stats = calibrate.collect(fn, tree, paths, calls, statistics)
@@ -122,11 +122,6 @@ def _input_scales(
         )
         for p in plans
     }
-
-
-def _abstract_input_scale(plan: ParamPlan) -> jax.ShapeDtypeStruct:
-    sizes = [n if axis in plan.layer_axes else 1 for axis, n in enumerate(plan.shape)]
-    return jax.ShapeDtypeStruct(tuple(sizes), jnp.float32)
 
 
 def _quantize(leaf: Any, plan: ParamPlan) -> QTensor:
@@ -145,8 +140,4 @@ def _quantize(leaf: Any, plan: ParamPlan) -> QTensor:
         return jax.block_until_ready(weight)  # one leaf at a time: bounds the peak memory
     if not isinstance(leaf.sharding, NamedSharding):
         return weight
-    return jax.tree_util.tree_map(
-        lambda part, sharding: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding),
-        weight,
-        placement.part_shardings(weight, leaf.sharding),
-    )
+    return placement.placed_structs(weight, leaf.sharding)

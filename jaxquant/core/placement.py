@@ -47,6 +47,15 @@ def part_shardings(weight: QTensor, sharding: NamedSharding) -> QTensor:
     )
 
 
+def placed_structs(weight: QTensor, sharding: NamedSharding) -> QTensor:
+    """A QTensor of ShapeDtypeStructs, with its parts sharded like the weight they stand for."""
+    return jax.tree_util.tree_map(
+        lambda part, own: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=own),
+        weight,
+        part_shardings(weight, sharding),
+    )
+
+
 def constrain_parts(weight: QTensor, sharding: Any) -> QTensor:
     """`jax.lax.with_sharding_constraint` on every part of a weight."""
     if isinstance(sharding, NamedSharding):
