@@ -8,38 +8,71 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, Self, cast
 
 import jax
 import numpy as np
 
 from jaxquant.core.names import path_string
 
+Stage = Literal["float", "quantized"]
+
 
 @dataclasses.dataclass(frozen=True)
+class Input:
+    """What one input of a program's jaxpr is.
+
+    Attributes:
+      path: path of the parameter it is, or is a part of; None for an input that is no parameter.
+      part: None for a float array; for an array of a `QTensor` its place in it: "codes", "scale",
+        "zero_point", "input_scale", or "scale/codes" and so on where scales are quantized too.
+    """
+
+    path: str | None = None
+    part: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """A closed jaxpr and the meaning of its inputs.
 
     Attributes:
       jaxpr: the closed jaxpr.
-      paths: for each input the parameter path, or None for an input that is no parameter.
+      inputs: what each input is.
       out_shape: the function's result as a tree of shapes and dtypes.
       flatten: turns the function's arguments into the jaxpr's flat inputs.
+      stage: "float" as traced, or "quantized" once `insert_scales` has run.
+      facts: results of analyses by name. They hold for this jaxpr; a changed one starts without.
     """
 
     jaxpr: Any
-    paths: tuple[str | None, ...]
+    inputs: tuple[Input, ...]
     out_shape: Any
     flatten: Callable[..., list[Any]]
+    stage: Stage = "float"
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str | None, ...]:
+        """For each input the path of the float parameter that it is, or None."""
+        return tuple(i.path if i.part is None else None for i in self.inputs)
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Abstract value of each parameter by path."""
+        """Abstract value of each float parameter by path."""
         return {
             path: var.aval
             for path, var in zip(self.paths, self.jaxpr.jaxpr.invars, strict=True)
             if path is not None
         }
+
+    def with_facts(self, **facts: Any) -> Self:
+        """The same program, with more known about it."""
+        return dataclasses.replace(self, facts={**self.facts, **facts})
+
+    def with_jaxpr(self, jaxpr: Any, **changes: Any) -> Self:
+        """A program of another jaxpr; facts about the old one are dropped unless given."""
+        return dataclasses.replace(self, jaxpr=jaxpr, **{"facts": {}, **changes})
 
 
 def is_traceable(leaf: Any) -> bool:
@@ -97,4 +130,4 @@ def trace(
             )
         return [given[i] for i in dynamic]
 
-    return Program(closed, names, out_shape, flatten)
+    return Program(closed, tuple(map(Input, names)), out_shape, flatten)

@@ -8,7 +8,7 @@ and the primitives; nothing here knows what quantization is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,10 +38,12 @@ __all__ = [
     "custom_rule",
     "equation_context",
     "explicit_sharding",
+    "has_sub_jaxprs",
     "has_tangent",
     "is_eager",
     "is_tracer",
     "is_unspecified",
+    "jaxpr_of_equation",
     "lower_without_shardings",
     "make_primitive",
     "match_varying",
@@ -59,6 +61,7 @@ __all__ = [
     "source_line",
     "split_p",
     "stack_p",
+    "sub_jaxprs",
     "unstack_p",
     "zero_tangent",
 ]
@@ -94,6 +97,24 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """``(jaxpr, consts)`` of a closed jaxpr, or of an open one that has no constants."""
     consts = getattr(jaxpr, "consts", ())
     return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def sub_jaxprs(eqn: Any) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters."""
+    return _core.jaxprs_in_params(eqn.params)
+
+
+def has_sub_jaxprs(eqn: Any) -> bool:
+    """Whether an equation has a jaxpr among its parameters."""
+    return next(sub_jaxprs(eqn), None) is not None
+
+
+def jaxpr_of_equation(jaxpr: Any, eqn: Any) -> Any:
+    """An open jaxpr of one equation of ``jaxpr``: for checking it alone."""
+    inputs = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, _core.Var)))
+    outputs = [v for v in eqn.outvars if not isinstance(v, _core.DropVar)]
+    info = jaxpr.debug_info.with_unknown_names()
+    return _core.Jaxpr((), inputs, outputs, [eqn], eqn.effects, info)
 
 
 def scan_arity(eqn: Any) -> tuple[int, int]:
