@@ -1,28 +1,26 @@
 """`transform(fn)`: the one function transform every frontend is a thin shell on.
 
 The arguments of ``fn`` may hold `QTensor` leaves anywhere. ``fn`` itself is traced with the float
-arrays those leaves stand for, and the jaxpr is run by `jaxquant.passes.rewrite`. What the leaves
-are decides: a call without QTensors is a call of ``fn``. No Flax here.
+arrays those leaves stand for, and the program goes through `jaxquant.passes.pipeline`. What the
+leaves are decides: a call without QTensors is a call of ``fn``. No Flax here.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding
 
 from jaxquant.core import _compat
 from jaxquant.core.names import path_string
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.passes.events import Event
-from jaxquant.passes.forwarding import forwarded_inputs
-from jaxquant.passes.interpreter import Weight, is_weight
-from jaxquant.passes.program import is_traceable
-from jaxquant.passes.rewrite import Rewriter
+from jaxquant.passes.pass_manager import PassManager
+from jaxquant.passes.pipeline import evaluate, quantizing_passes
+from jaxquant.passes.program import Outputs, is_traceable, trace
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,16 +49,16 @@ def transform(fn: F, *, strict: bool = False, on_event: Callable[[Event], None] 
         leaves, tree = jax.tree_util.tree_flatten((args, kwargs), is_leaf=is_qtensor)
         if not any(map(is_qtensor, leaves)):
             return fn(*args, **kwargs)
-        dynamic = [i for i, leaf in enumerate(leaves) if _is_dynamic(leaf)]
-        static = {i: leaf for i, leaf in enumerate(leaves) if not _is_dynamic(leaf)}
+        dynamic = [i for i, leaf in enumerate(leaves) if is_traceable(leaf)]
+        static = {i: leaf for i, leaf in enumerate(leaves) if not is_traceable(leaf)}
         values = [leaves[i] for i in dynamic]
 
-        def run(values: Sequence[Any]) -> Any:
+        def run(values: Sequence[Any]) -> _Result:
             full = [static.get(i) for i in range(len(leaves))]
             for i, value in zip(dynamic, values, strict=True):
                 full[i] = value
-            rewriter = Rewriter(on_event=on_event, strict=strict, op_rules=_op_rules(values))
-            return _run(fn, tree, full, rewriter)
+            args, kwargs = jax.tree_util.tree_unflatten(tree, full)
+            return _run(fn, args, kwargs, strict, on_event)
 
         key = _signature(tree, static)
         inside_a_trace = any(map(_compat.is_tracer, jax.tree_util.tree_leaves(values)))
@@ -71,10 +69,6 @@ def transform(fn: F, *, strict: bool = False, on_event: Callable[[Event], None] 
         return compiled[key](values).unwrap()
 
     return wrapped  # type: ignore[return-value]
-
-
-def _is_dynamic(leaf: Any) -> bool:
-    return is_qtensor(leaf) or is_traceable(leaf)
 
 
 def _signature(tree: Any, static: dict[int, Any]) -> Hashable | None:
@@ -88,85 +82,53 @@ def _signature(tree: Any, static: dict[int, Any]) -> Hashable | None:
     return key
 
 
-def _op_rules(values: Sequence[Any]) -> tuple[Any, ...]:
-    rules: dict[Any, None] = {}
-    for value in values:
-        if is_qtensor(value):
-            rules.update(dict.fromkeys(value.op_rules))
-    return tuple(rules)
-
-
 @jax.tree_util.register_pytree_node_class
-class _Output:
-    """The arrays a function returned as children; whatever else it returned is static."""
+class _Result:
+    """What a function returned, on its way out of `jax.jit`: arrays, and the rest as static."""
 
-    def __init__(self, arrays: list[Any], tree: Any, others: dict[int, Any]) -> None:
-        self.arrays, self.tree, self.others = arrays, tree, others
+    def __init__(self, leaves: Sequence[Any], outputs: Outputs) -> None:
+        self.leaves, self.outputs = list(leaves), outputs
 
-    def tree_flatten(self) -> tuple[list[Any], Any]:
-        return self.arrays, (self.tree, tuple(self.others.items()))
+    def tree_flatten(self) -> tuple[list[Any], Outputs]:
+        return self.leaves, self.outputs
 
     @classmethod
-    def tree_unflatten(cls, static: Any, arrays: Any) -> _Output:
-        tree, others = static
-        return cls(list(arrays), tree, dict(others))
+    def tree_unflatten(cls, outputs: Outputs, leaves: Any) -> _Result:
+        return cls(leaves, outputs)
 
     def unwrap(self) -> Any:
-        rest = iter(self.arrays)
-        count = len(self.arrays) + len(self.others)
-        leaves = [self.others[i] if i in self.others else next(rest) for i in range(count)]
-        return jax.tree_util.tree_unflatten(self.tree, leaves)
+        return self.outputs.assemble(self.leaves)
 
 
-def _run(fn: Callable[..., Any], tree: Any, leaves: list[Any], rewriter: Rewriter) -> _Output:
-    """Traces ``fn`` with float arrays and evaluates the jaxpr with the QTensors."""
-    dynamic = [i for i, leaf in enumerate(leaves) if _is_dynamic(leaf)]
-    out_tree: Any = None
-    others: dict[int, Any] = {}
+def _run(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    strict: bool,
+    on_event: Callable[[Event], None] | None,
+) -> _Result:
+    """Traces ``fn`` with float arrays, quantizes the program, and evaluates it."""
 
-    def flat(*values: Any) -> list[Any]:
-        nonlocal out_tree
-        full = list(leaves)
-        for i, value in zip(dynamic, values, strict=True):
-            full[i] = value
-        args, kwargs = jax.tree_util.tree_unflatten(tree, full)
-        outs, out_tree = jax.tree_util.tree_flatten(fn(*args, **kwargs))
-        others.update({i: x for i, x in enumerate(outs) if not _is_array(x)})
-        return [x for x in outs if _is_array(x)]
+    def call(arguments: Any) -> Any:
+        args, kwargs = arguments
+        return fn(*args, **kwargs)
 
-    closed = jax.make_jaxpr(flat)(*(_float_input(leaves[i]) for i in dynamic))
-    paths = _argument_paths(tree)
-    inputs = [Weight(leaves[i], paths[i]) if is_qtensor(leaves[i]) else leaves[i] for i in dynamic]
-    jaxpr, consts = _compat.open_jaxpr(closed)
-    outs = rewriter.run(jaxpr, consts, inputs)
-    arrays = [
-        _returned(rewriter, out, None if origin is None else inputs[origin])
-        for origin, out in zip(forwarded_inputs(jaxpr), outs, strict=True)
+    program = trace(call, (args, kwargs), paths=_argument_paths((args, kwargs)))
+    arguments = program.flatten((args, kwargs))
+    weights = {i: value for i, value in enumerate(arguments) if is_qtensor(value)}
+    passes = quantizing_passes(weights, strict=strict, on_event=on_event)
+    title = getattr(fn, "__name__", type(fn).__name__)
+    program = PassManager(passes, title=title).run(program)
+    arrays = evaluate(program, jax.tree_util.tree_leaves(arguments))
+    return _Result(program.outputs.leaves(arrays, arguments), program.outputs)
+
+
+def _argument_paths(arguments: Any) -> list[str]:
+    """Names of the leaves: the path inside their own argument; with it where two are the same."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_qtensor)
+    short = [path_string(path[2:]) for path, _ in flat]
+    counts = collections.Counter(short)
+    return [
+        name if counts[name] == 1 else path_string(path[1:])
+        for name, (path, _) in zip(short, flat, strict=True)
     ]
-    return _Output(arrays, out_tree, others)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic))
-
-
-def _float_input(leaf: Any) -> Any:
-    """What ``fn`` is traced with in the place of a leaf."""
-    if not is_qtensor(leaf):
-        return leaf
-    sharding = getattr(jax.typeof(leaf.codes), "sharding", None)
-    explicit = isinstance(sharding, NamedSharding) and sharding.mesh._any_axis_explicit
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if explicit else None)
-
-
-def _argument_paths(tree: Any) -> list[str]:
-    """Names of the leaves: the path inside their own argument."""
-    dummy = jax.tree_util.tree_unflatten(tree, range(tree.num_leaves))
-    flat, _ = jax.tree_util.tree_flatten_with_path(dummy)
-    return [path_string(path[2:]) for path, _ in flat]
-
-
-def _returned(rewriter: Rewriter, out: Any, argument: Any) -> Any:
-    if is_weight(argument):
-        return argument.value  # a parameter handed through: the user's QTensor, not a float copy
-    return rewriter.returned(out) if is_weight(out) else out

@@ -1,0 +1,45 @@
+"""The pipeline that every quantized call goes through, and the evaluation of what it makes.
+
+Called by `jaxquant.transform` (and so by every decorated model) and `jaxquant.compile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxquant.core import _compat
+from jaxquant.core.qtensor import QTensor
+from jaxquant.passes.events import Event
+from jaxquant.passes.insert_scales import InsertScales
+from jaxquant.passes.pass_manager import Pass
+from jaxquant.passes.program import Program
+
+
+def quantizing_passes(
+    weights: Mapping[int, QTensor],
+    *,
+    strict: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> tuple[Pass, ...]:
+    """The passes that make a quantized program of a float one.
+
+    Args:
+      weights: the program's inputs that are quantized, by number (see `InsertScales`).
+      strict: raise `StrictError` where a weight would be dequantized.
+      on_event: called with every decision about a weight.
+    """
+    return (InsertScales(weights, strict=strict, on_event=on_event),)
+
+
+def evaluate(program: Program, inputs: Sequence[Any]) -> list[Any]:
+    """Runs a program's jaxpr on flat inputs, under whatever trace is open.
+
+    Args:
+      program: the program.
+      inputs: arrays for the jaxpr's inputs (leaves of what `Program.flatten` gives).
+    """
+    jaxpr, consts = _compat.open_jaxpr(program.jaxpr)
+    return list(jax.core.eval_jaxpr(jaxpr, consts, *inputs))
