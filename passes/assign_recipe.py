@@ -26,7 +26,7 @@ from jaxquant.core.quantize_array import choose_packed_axis
 from jaxquant.core.recipe import Recipe, Rule
 from jaxquant.core.schemes import ActScheme, WeightScheme
 from jaxquant.passes.op_use import OpUse
-from jaxquant.passes.param_blocks import GroupSizeError, block_shape
+from jaxquant.passes.param_blocks import GroupSizeError, block_shape, summed
 from jaxquant.passes.rule_errors import check_rules
 
 # Names by which gains and biases are known where they are looked up by row like an embedding.
@@ -184,18 +184,21 @@ def _never_quantized(plan: ParamPlan) -> str:
         return "a vector: it has fewer than two axes besides those of layers"
     if not products and plan.path.rpartition("/")[2] in _VECTOR_NAMES:
         return "a table of gains or biases, by its name; rows of embeddings are looked up"
+    if not products and all(summed(first, axis) == 1 for axis in first.axes):
+        return "its lookups pick single values, which can share no scale"
     return ""
 
 
 def _deciding(own: Sequence[tuple[OpUse, Rule | None]]) -> tuple[OpUse, Rule | None]:
     """The use that decides the axes of the scales: the product with most work, else a lookup.
 
-    The first of equals. The work tells a layer from what is done to its kernel on the side, such
+    The first of equals; what a gradient multiplies decides last. The work tells a layer from what is done to its kernel on the side, such
     as the power iteration of a spectral norm.
     """
     products = [pair for pair in own if pair[0].is_product and pair[0].contracts]
+    forward = [pair for pair in products if not pair[0].backward]
     lookups = [pair for pair in own if pair[0].primitive == "gather"]
-    return max(products or lookups, key=lambda pair: pair[0].work)
+    return max(forward or lookups or products, key=lambda pair: pair[0].work)
 
 
 def _is_smaller(plan: ParamPlan, scheme: WeightScheme, blocks: Sequence[int]) -> bool:

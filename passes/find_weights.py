@@ -68,7 +68,12 @@ class _Walker:
         self._ended: set[tuple[Site, int, str]] = set()
 
     def run(
-        self, jaxpr: Any, args: Sequence[Followed | None], site: Site, names: tuple[str, ...]
+        self,
+        jaxpr: Any,
+        args: Sequence[Followed | None],
+        site: Site,
+        names: tuple[str, ...],
+        backward: bool = False,
     ) -> Values:
         env = dict(zip(jaxpr.invars, args, strict=True))
 
@@ -80,7 +85,11 @@ class _Walker:
             rule = STRUCTURE.get(eqn.primitive)
             if rule is None and not any(ins):
                 continue
-            step = Step(self, eqn, (*site, index), names + _compat.name_stack_names(eqn))
+            mark = _compat.backward_mark(eqn)
+            step = Step(
+                self, eqn, (*site, index), names + _compat.name_stack_names(eqn),
+                backward if mark is None else mark,
+            )  # fmt: skip
             try:
                 rule = rule or MOVES.get(eqn.primitive)
                 if rule is None:
@@ -161,6 +170,7 @@ class _Walker:
             "out": _plain(step.eqn.outvars[0].aval),
             "dimension_numbers": numbers,
             "source": _compat.source_line(step.eqn),
+            "backward": step.backward,
         }
 
 

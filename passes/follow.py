@@ -51,7 +51,12 @@ class Walker(Protocol):
     """What rules need of the walk through the jaxpr."""
 
     def run(
-        self, jaxpr: Any, args: Sequence[Followed | None], site: Site, names: tuple[str, ...]
+        self,
+        jaxpr: Any,
+        args: Sequence[Followed | None],
+        site: Site,
+        names: tuple[str, ...],
+        backward: bool = False,
     ) -> Values:
         """Follows values through an open jaxpr."""
 
@@ -69,12 +74,21 @@ class Walker(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One equation on the way: its place and scope names, those of enclosing calls included."""
+    """One equation on the way: its place and scope names, those of enclosing calls included.
+
+    Attributes:
+      walker: the walk.
+      eqn: the equation.
+      site: its place (see `interpreter.Context`).
+      names: its scope names.
+      backward: whether it is part of a gradient that the program takes itself.
+    """
 
     walker: Walker
     eqn: Any
     site: Site
     names: tuple[str, ...]
+    backward: bool = False
 
     @property
     def params(self) -> dict[str, Any]:
@@ -89,7 +103,7 @@ class Step:
     def enter(self, sub: int, jaxpr: Any, args: Sequence[Followed | None]) -> Values:
         """Follows values through sub-jaxpr number ``sub``."""
         inner, _ = _compat.open_jaxpr(jaxpr)
-        return self.walker.run(inner, args, (*self.site, sub), self.names)
+        return self.walker.run(inner, args, (*self.site, sub), self.names, self.backward)
 
     def end(self, values: Sequence[Followed | None], detail: str) -> None:
         """Values that leave the followed world here."""

@@ -90,6 +90,14 @@ class Context:
         return own if self.outer is None else self.outer.names + own
 
     @property
+    def backward(self) -> bool:
+        """Whether it is part of a gradient that the function takes itself."""
+        mark = _compat.backward_mark(self.eqn)
+        if mark is None:
+            return self.outer is not None and self.outer.backward
+        return mark
+
+    @property
     def source(self) -> str:
         """The user's source line: the equation's own, or that of the call around it."""
         own = _compat.source_line(self.eqn)

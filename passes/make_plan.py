@@ -7,7 +7,7 @@ avals, so a plan cannot differ from what runs. Called by `jaxquant.algorithms.ex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,22 +28,37 @@ from jaxquant.passes.rewrite import Rewriter
 Events = dict[tuple[Site, str], Event]
 
 
-def make_plan(program: Program, assignment: Assignment, notes: Sequence[str] = ()) -> Plan:
-    """The plan of a program under a recipe.
+def make_plan(
+    program: Program,
+    assignment: Assignment,
+    notes: Sequence[str] = (),
+    stored: Mapping[str, QTensor] | None = None,
+) -> Plan:
+    """The plan of a program under a recipe, or of one whose weights are quantized already.
 
     Args:
       program: the float program.
-      assignment: from `assign_recipe`.
+      assignment: from `assign_recipe`, or `stored_assignment`.
       notes: remarks that the plan should carry.
+      stored: the quantized weights by path; None for those that the assignment would make.
     """
-    weights = {p.path: abstract_weight(p, assignment.op_rules) for p in assignment.quantized}
+    weights: Mapping[str, QTensor] = stored or {
+        p.path: abstract_weight(p, assignment.op_rules) for p in assignment.quantized
+    }
     events = _rewrite(program, weights, assignment.op_rules)
     sizes = {
         path: (_float_bytes(plan), weights[path].nbytes if path in weights else _float_bytes(plan))
         for path, plan in assignment.params.items()
     }
+    known = {(use.site, use.param) for use in assignment.uses}
+    lost = {
+        path: event
+        for (site, path), event in events.items()
+        if event.action == "dequantized" and (site, path) not in known
+    }
     rows: list[PlanRow] = []
     listed: set[str] = set()
+    told: set[str] = set()
     for use, rule in zip(assignment.uses, assignment.rules, strict=True):
         if use.param is None:
             rows.append(_weightless_row(use, rule, events, assignment))
@@ -52,23 +67,26 @@ def make_plan(program: Program, assignment: Assignment, notes: Sequence[str] = (
         if use.primitive == "other" and plan.scheme is None:
             continue  # said once for the parameter, below
         first = use.primitive != "other" and use.param not in listed
-        rows.append(_row(use, rule, plan, events, sizes[use.param], first))
+        event = events.get((use.site, use.param))
+        if event is None and use.primitive != "other":
+            event = lost.get(use.param)  # it became an array on its way here
+            told.update([use.param] if event else [])
+        rows.append(_row(use, rule, plan, event, sizes[use.param], first))
         listed.update([use.param] if first else [])
     rows += [
         _unused_row(p, sizes[p.path]) for p in assignment.params.values() if p.path not in listed
     ]
-    known = {(use.site, use.param) for use in assignment.uses}
     rows += [
         _event_row(event, assignment.params[path])
         for (site, path), event in events.items()
-        if event.action == "dequantized" and (site, path) not in known
+        if event.action == "dequantized" and (site, path) not in known and path not in told
     ]
     if not weights:
         notes = [*notes, "nothing is quantized: every row says why"]
     return Plan(assignment.recipe.name, tuple(rows), tuple(notes))
 
 
-def _rewrite(program: Program, weights: dict[str, Any], op_rules: Sequence[Rule]) -> Events:
+def _rewrite(program: Program, weights: Mapping[str, QTensor], op_rules: Sequence[Rule]) -> Events:
     """What the rewriter decides, by place and parameter."""
     events: Events = {}
 
@@ -113,11 +131,10 @@ def _row(
     use: OpUse,
     rule: Rule | None,
     plan: ParamPlan,
-    events: Events,
+    event: Event | None,
     sizes: tuple[int, int],
     first: bool,
 ) -> PlanRow:
-    event = events.get((use.site, plan.path))
     status: Status = "float"
     reason, lowering, why = plan.reason, "", ""
     if plan.scheme is not None:
@@ -138,7 +155,7 @@ def _row(
         granularity=plan.scheme.granularity if plan.scheme else None,
         weight=str(plan.scheme) if plan.scheme else "",
         block_shape=plan.block_shape,
-        act=str(plan.act) if plan.act and use.primitive == "dot_general" else "",
+        act=str(plan.act) if plan.act and _quantizes_input(use) else "",
         status=status,
         lowering=lowering,
         why=why,
@@ -148,6 +165,10 @@ def _row(
         counts=first,
         source=use.source,
     )
+
+
+def _quantizes_input(use: OpUse) -> bool:
+    return use.primitive == "dot_general" and not use.backward
 
 
 def _outcome(use: OpUse, event: Event | None) -> tuple[Status, str]:

@@ -90,6 +90,7 @@ class OpUse:
       dimension_numbers: those of the equation.
       source: the user's source line.
       detail: for "other", what is done with the parameter.
+      backward: whether it is part of a gradient that the program takes itself.
     """
 
     site: Site
@@ -108,6 +109,7 @@ class OpUse:
     dimension_numbers: Any = None
     source: str = ""
     detail: str = ""
+    backward: bool = False
 
     @property
     def is_product(self) -> bool:
@@ -124,7 +126,12 @@ class OpUse:
         """Multiplications of one execution, for products; 0 otherwise."""
         if not self.is_product:
             return 0
-        return math.prod(self.out.shape) * math.prod(axis.contracted for axis in self.axes)
+        if self.primitive == "dot_general":
+            contract = self.dimension_numbers[0][0 if self.weight_side == "rhs" else 1]
+            terms = [self.x.shape[axis] for axis in contract]
+        else:
+            terms = [axis.contracted for axis in self.axes]
+        return math.prod(self.out.shape) * math.prod(terms)
 
     def with_role(self, role: Role) -> tuple[int, ...]:
         """The parameter's axes that have this role."""

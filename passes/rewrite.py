@@ -54,7 +54,7 @@ class Rewriter(Reporter):
 
     def visit(self, ctx: Context, ins: list[Any]) -> list[Any] | None:
         """Quantizes a product of two activations if a rule names it."""
-        if not is_attention_product(ctx.eqn, ctx.names):
+        if not is_attention_product(ctx.eqn, ctx.names) or ctx.backward:
             return None
         rule = rule_for(self._op_rules, ctx.names)
         if rule is None or rule.act is None:

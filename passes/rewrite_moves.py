@@ -187,5 +187,7 @@ def _gather(ctx: Context, ins: list[Any]) -> list[Any]:
         mode=p["mode"], fill_value=p["fill_value"],
         indices_are_sorted=p["indices_are_sorted"], unique_indices=p["unique_indices"],
     )  # fmt: skip
+    if value.ndim == len(p["dimension_numbers"].offset_dims):
+        return [weight.replace(value=value)]  # one index: a slice, such as a layer
     report_quantized(ctx, weight, lambda: _GATHER)
     return [weight.replace(value=value, gathered=True)]

@@ -34,6 +34,8 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
     weight, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
     _require_float(x)
     w, dims = weight.value, ctx.params["dimension_numbers"]
+    if ctx.backward:
+        w = w.replace(act=None)  # a cotangent is no input: it passes as in a gradient from outside
     kept = ("precision", "preferred_element_type", "out_sharding")
     options = {name: ctx.params[name] for name in kept}
     out = primitives.quantized_dot_general(x, w, dims, weight_side=side, **options)

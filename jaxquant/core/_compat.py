@@ -29,6 +29,7 @@ from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_shard
 from jax.extend.core import primitives as jp
 
 __all__ = [
+    "backward_mark",
     "bind",
     "bind_remat",
     "call_bwd",
@@ -129,6 +130,20 @@ def name_stack_names(eqn: Any) -> tuple[str, ...]:
     """Scope names of an equation, outermost first, without the marks of jvp, vmap, transpose."""
     stack = eqn.source_info.name_stack.stack
     return tuple(s.name for s in stack if isinstance(s, _source_info.Scope))
+
+
+def backward_mark(eqn: Any) -> bool | None:
+    """Whether an equation is part of a gradient's backward pass; None where it has no mark.
+
+    Reverse mode marks its equations, or the call around them. What remat computes once more
+    inside of the backward pass is the forward function.
+    """
+    for entry in reversed(eqn.source_info.name_stack.stack):
+        if entry.name == "rematted_computation":
+            return False
+        if entry.name == "transpose" and isinstance(entry, _source_info.Transform):
+            return True
+    return None
 
 
 def source_line(eqn: Any) -> str:

@@ -78,12 +78,16 @@ def astype(w: QTensor, dtype: Any) -> QTensor:
 
 
 def scale_by(w: QTensor, factor: Any) -> QTensor:
-    """The weight times a scalar, which goes into the scales as float32 (to rounding, not exact)."""
+    """The weight times a scalar, which goes into the scales (to rounding, not exact).
+
+    The scales become float32, or float64 for a weight that stands for float64.
+    """
+    wide = jnp.promote_types(w.dtype, jnp.float32)
 
     def scaled(scale: Part) -> Part:
         if isinstance(scale, QTensor):
             return scale.replace(scale=scaled(scale.scale))
-        dtype = jnp.promote_types(scale.dtype if scale.dtype.itemsize > 1 else "float32", "float32")
+        dtype = jnp.promote_types(scale.dtype if scale.dtype.itemsize > 1 else "float32", wide)
         return scale.astype(dtype) * jnp.asarray(factor).astype(dtype)
 
     return w.replace(scale=scaled(w.scale))
