@@ -43,6 +43,10 @@ class ActQuant:
         if self.dtype not in _GREATEST:
             raise ValueError(f"activations become one of {list(_GREATEST)}, not {self.dtype!r}")
 
+    def behind_new_axis(self) -> ActQuant:
+        """The same scheme after an axis, with scales of its own, was put in front of x."""
+        return dataclasses.replace(self, reduce_axes=tuple(a + 1 for a in self.reduce_axes))
+
 
 def quantize_activation(
     x: jax.Array, act: ActQuant, static_scale: jax.Array | None = None

@@ -33,6 +33,7 @@ def dot_general(
     scale: jax.Array,
     zero_point: jax.Array | None = None,
     input_scale: jax.Array | None = None,
+    quantized_x: tuple[jax.Array, jax.Array] | None = None,
     *,
     dimension_numbers: DotDimensionNumbers,
     weight_side: Side = "rhs",
@@ -52,6 +53,7 @@ def dot_general(
       scale: floats of the weight's rank; each size divides the weight's.
       zero_point: None, or in code units and of the scale's shape; integers or floats.
       input_scale: the static activation scale, of the weight's rank; size 1 on contracted axes.
+      quantized_x: codes and scale that x was already quantized to by `act`; x is not read then.
       dimension_numbers: as lax.dot_general takes them, in the order left, right.
       weight_side: which operand the weight is.
       act: how x is quantized first, or None.
@@ -84,6 +86,7 @@ def dot_general(
                 s,
                 z,
                 input_scale,
+                quantized_x,
                 dimension_numbers=dimension_numbers,
                 weight_side=weight_side,
                 act=act,
@@ -102,11 +105,12 @@ def dot_general(
     if act is None:
         out = _float_dot(method, x, values, scale, zero_point, axes, precision)
         return out.astype(out_dtype)
-    static_scale = None
-    if act.static and input_scale is not None:
-        static_scale = axes.w_to_x(input_scale)
-    codes, x_scale = quantize_activation(x, act, static_scale)
-    x_scale = x_scale.astype(wide)
+    if quantized_x is None:
+        static_scale = None
+        if act.static and input_scale is not None:
+            static_scale = axes.w_to_x(input_scale)
+        quantized_x = quantize_activation(x, act, static_scale)
+    codes, x_scale = quantized_x[0], quantized_x[1].astype(wide)
     if method in (DotMethod.INT8, DotMethod.INT8_GROUPS, DotMethod.INT8_LOOP):
         first = axes.x_first
         out = _integer_dot(method, codes, values, scale, zero_point, first)

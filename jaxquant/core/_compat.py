@@ -63,6 +63,7 @@ __all__ = [
     "split_p",
     "stack_p",
     "sub_jaxprs",
+    "unsplit",
     "unstack_p",
     "zero_tangent",
 ]
@@ -239,9 +240,10 @@ def has_tangent(tangent: Any) -> bool:
 # -- what our own primitives need ------------------------------------------------------------
 
 
-def make_primitive(name: str) -> Any:
+def make_primitive(name: str, *, multiple_results: bool = False) -> Any:
     """A new primitive that runs eagerly by compiling itself, as JAX's own do."""
     primitive = _core.Primitive(name)
+    primitive.multiple_results = multiple_results
     primitive.def_impl(functools.partial(_dispatch.apply_primitive, primitive))
     return primitive
 
@@ -293,24 +295,37 @@ def permuted_sharding(aval: Any, order: Sequence[int]) -> Any:
     return sharding.update(spec=spec)
 
 
-def lower_without_shardings(fn: Callable[..., Any]) -> Callable[..., Any]:
+def unsplit(sharding: Any, axes: Sequence[int]) -> Any:
+    """The sharding of a type, with ``axes`` split over no mesh axis."""
+    if not axes or sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
+        return sharding
+    parts = (None if i in axes else p for i, p in enumerate(sharding.spec.partitions))
+    return sharding.update(spec=sharding.spec.update(partitions=tuple(parts)))
+
+
+def lower_without_shardings(
+    fn: Callable[..., Any], *, multiple_results: bool = False
+) -> Callable[..., Any]:
     """A lowering rule from a function of arrays, traced without sharding types.
 
     On an explicit mesh every operation of ``fn`` would need a sharding of its own. Here only the
-    result is pinned to the primitive's output type; the partitioner fills in what lies between.
+    results are pinned to the primitive's output types; the partitioner fills in what lies between.
     """
 
     def plain(aval: Any) -> Any:
         return _core.ShapedArray(aval.shape, aval.dtype)
 
     def rule(ctx: Any, *args: Any, **params: Any) -> Any:
-        lowered = _mlir.lower_fun(fn, multiple_results=False)
+        lowered = _mlir.lower_fun(fn, multiple_results=multiple_results)
         with _mesh.use_abstract_mesh(_mesh.empty_abstract_mesh):
             inner = ctx.replace(
                 avals_in=[plain(a) for a in ctx.avals_in],
                 avals_out=[plain(a) for a in ctx.avals_out],
             )
-            (out,) = lowered(inner, *args, **params)
-        return [_mlir.lower_with_sharding_in_types(ctx, out, ctx.avals_out[0])]
+            outs = lowered(inner, *args, **params)
+        return [
+            _mlir.lower_with_sharding_in_types(ctx, out, aval)
+            for out, aval in zip(outs, ctx.avals_out, strict=True)
+        ]
 
     return rule

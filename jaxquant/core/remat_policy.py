@@ -17,17 +17,19 @@ from jaxquant.core import _compat
 from jaxquant.core.primitives import (
     quantized_conv_general_dilated_p,
     quantized_dot_general_p,
+    quantized_dots_p,
     quantized_ragged_dot_p,
 )
-from jaxquant.core.primitives.dot import float_operands
+from jaxquant.core.primitives.dot import float_operands, split_operands
 from jaxquant.core.primitives.weights import logical_aval, unflatten
 
 _FLOAT = {
     quantized_dot_general_p: jp.dot_general_p,
+    quantized_dots_p: jp.dot_general_p,
     quantized_conv_general_dilated_p: jp.conv_general_dilated_p,
     quantized_ragged_dot_p: _compat.ragged_dot_general_p,
 }
-_OWN_PARAMS = ("tree", "act", "weight_side")
+_OWN_PARAMS = ("tree", "act", "weight_side", "x_quantized", "out_shardings")
 
 
 def as_dot_policy(policy: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -53,9 +55,11 @@ class _AsDot:
     def __call__(self, prim: Any, *avals: Any, **params: Any) -> Any:
         if prim not in _FLOAT:
             return self.policy(prim, *avals, **params)
-        x, *leaves = avals
+        x, _, leaves = split_operands(avals, params.get("x_quantized", False))
         operands = unflatten(params["tree"], leaves)
         weight, *extras = operands if isinstance(operands, tuple) else (operands,)
         floats = float_operands(x, logical_aval(weight), params.get("weight_side", "rhs"))
         kept = {name: value for name, value in params.items() if name not in _OWN_PARAMS}
+        if prim is quantized_dots_p:  # asked about the first; the others differ in columns only
+            extras, kept = [], {**kept, "out_sharding": params["out_shardings"][0]}
         return self.policy(_FLOAT[prim], *floats, *extras, **kept)

@@ -2,6 +2,9 @@
 
 Called by the rewriter's rules in place of dot_general, and by anyone who multiplies with a
 QTensor by hand. The result has the shape, dtype, layout and sharding type of the float product.
+It quantizes its input itself, or takes the codes and the scale that
+`quantize_activation` made of it as two more operands (`x_quantized`): then the float x is there
+for the derivative only, and XLA drops it. `quantized_dots` (`dots.py`) is several at once.
 The arithmetic is `jaxquant.pallas_kernels.reference`; batching and differentiation are in
 `dot_rules.py`.
 """
@@ -9,6 +12,7 @@ The arithmetic is `jaxquant.pallas_kernels.reference`; batching and differentiat
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -90,12 +94,59 @@ def quantized_dot_general(
     )
 
 
-def bind_dot(x: jax.Array, w: QTensor, *, act: ActQuant | None, **params: Any) -> jax.Array:
-    """Binds the primitive with its own parameters; `act` replaces what the weight says."""
-    parts = bind_leaves(w, keep_input_scale=act is not None and act.static)
-    leaves, tree = jax.tree.flatten(parts)
-    x, *leaves = _compat.match_varying(x, *leaves)
-    return quantized_dot_general_p.bind(x, *leaves, tree=tree, act=act, **params)
+def bind_dot(
+    x: jax.Array,
+    w: QTensor,
+    *,
+    act: ActQuant | None,
+    quantized_x: Sequence[jax.Array] = (),
+    **params: Any,
+) -> jax.Array:
+    """Binds the primitive with its own parameters.
+
+    Args:
+      x: the activation.
+      w: the weight.
+      act: replaces what the weight says.
+      quantized_x: nothing, or the codes and scale of x.
+      **params: the other parameters.
+    """
+    keep_input_scale = act is not None and act.static and not quantized_x
+    leaves, tree = jax.tree.flatten(bind_leaves(w, keep_input_scale=keep_input_scale))
+    operands = _compat.match_varying(x, *quantized_x, *leaves)
+    return quantized_dot_general_p.bind(
+        *operands, tree=tree, act=act, x_quantized=bool(quantized_x), **params
+    )
+
+
+def split_operands(args: Sequence[Any], x_quantized: bool) -> tuple[Any, list[Any], list[Any]]:
+    """`(x, [codes, scale] or [], leaves)` of what there is one of for each operand."""
+    x, *rest = args
+    count = 2 if x_quantized else 0
+    return x, rest[:count], rest[count:]
+
+
+def check_quantized(x: Any, quantized: Sequence[Any], act: ActQuant | None) -> None:
+    """Raises where the given codes and scale cannot be those of `x`.
+
+    Raises:
+      TypeError: names what does not fit, and what would.
+    """
+    if not quantized:
+        return
+    codes, scale = quantized
+    if act is None:
+        raise TypeError("x_quantized needs act: the scheme that made the codes")
+    if codes.shape != x.shape or codes.dtype != np.dtype(act.dtype):
+        raise TypeError(
+            f"codes {codes.dtype}{list(codes.shape)} are not those of x {list(x.shape)} by {act}"
+        )
+    fits = scale.ndim == x.ndim and all(
+        n == 1 or (n == m and (act.static or i not in act.reduce_axes))
+        for i, (n, m) in enumerate(zip(scale.shape, x.shape, strict=True))
+    )
+    if not fits:
+        raise TypeError(f"scale {list(scale.shape)} is not one of x {list(x.shape)} by {act}")
 
 
 def _ints(axes: Any) -> tuple[int, ...]:
@@ -108,16 +159,18 @@ def float_operands(x: Any, w: Any, weight_side: Side) -> tuple[Any, Any]:
 
 
 def _abstract_eval(
-    x: Any,
-    *leaves: Any,
+    *args: Any,
     tree: Any,
     act: ActQuant | None,
+    x_quantized: bool,
     dimension_numbers: DotDimensionNumbers,
     weight_side: Side,
     precision: Any,
     preferred_element_type: np.dtype | None,
     out_sharding: Any,
 ) -> Any:
+    x, quantized, leaves = split_operands(args, x_quantized)
+    check_quantized(x, quantized, act)
     operands = float_operands(x, logical_aval(unflatten(tree, leaves)), weight_side)
     aval, _ = jp.dot_general_p.abstract_eval(
         *operands,
@@ -130,27 +183,40 @@ def _abstract_eval(
 
 
 def _compute(
-    x: jax.Array,
-    *leaves: jax.Array,
+    *args: jax.Array,
     tree: Any,
     act: ActQuant | None,
+    x_quantized: bool,
     dimension_numbers: DotDimensionNumbers,
     weight_side: Side,
     precision: Any,
     out_dtype: np.dtype,
     on_cpu: bool,
 ) -> jax.Array:
-    w = unflatten(tree, leaves)
-    return reference.dot_general(
-        x.astype(jnp.promote_types(x.dtype, w.dtype)),
-        *reference_parts(w),
-        w.input_scale,
+    x, quantized, leaves = split_operands(args, x_quantized)
+    return compute_dot(
+        x,
+        quantized,
+        unflatten(tree, leaves),
         dimension_numbers=dimension_numbers,
         weight_side=weight_side,
         act=act,
         precision=precision,
         out_dtype=out_dtype,
         on_cpu=on_cpu,
+    )
+
+
+def compute_dot(
+    x: jax.Array, quantized: Sequence[jax.Array], w: QTensor, **options: Any
+) -> jax.Array:
+    """The reference's product; `options` are its own."""
+    return reference.dot_general(
+        x.astype(jnp.promote_types(x.dtype, w.dtype)),
+        *reference_parts(w),
+        w.input_scale,
+        (quantized[0], quantized[1]) if quantized else None,
+        **options,
     )
 
 
