@@ -13,10 +13,10 @@ import fnmatch
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from jaxquant.core.schemes import ActScheme, WeightScheme, checked_fields
+from jaxquant.core.schemes import ActScheme, WeightScheme, check_type, checked_fields
 
 __all__ = [
     "OP_KINDS",
@@ -65,6 +65,10 @@ class Rule:
     optional: bool = False
 
     def __post_init__(self) -> None:
+        check_type("path", self.path, str)
+        check_type("op", self.op, str, optional=True)
+        check_type("weight", self.weight, WeightScheme, optional=True)
+        check_type("act", self.act, ActScheme, optional=True)
         if not self.path or self.path.startswith("/") or self.path.endswith("/"):
             raise ValueError(
                 f"path={self.path!r} must be a glob such as 'layers/*/attn/**', without a '/' at "
@@ -142,10 +146,11 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
+        check_type("name", self.name, str)
+        check_type("rules", self.rules, Iterable)
         object.__setattr__(self, "rules", tuple(self.rules))
-        wrong = [rule for rule in self.rules if not isinstance(rule, Rule)]
-        if wrong:
-            raise TypeError(f"rules must be Rule objects, got {wrong[0]!r}")
+        for number, rule in enumerate(self.rules):
+            check_type(f"rules[{number}]", rule, Rule)
 
     def with_rules(self, *rules: Rule, name: str | None = None) -> Recipe:
         """This recipe with `rules` in front, so that they decide before its own.
@@ -166,8 +171,15 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> Recipe:
-        """The inverse of `to_json`; also takes its JSON text."""
-        fields = checked_fields(cls, json.loads(data) if isinstance(data, str) else data)
+        """The inverse of `to_json`; also takes its JSON text.
+
+        Raises:
+          ValueError: a field is missing or unknown, or a value is not allowed.
+        """
+        data = json.loads(data) if isinstance(data, str) else data
+        if not isinstance(data, Mapping) or not {"name", "rules"} <= set(data):
+            raise ValueError("a stored recipe is a JSON object with the fields 'name' and 'rules'")
+        fields = checked_fields(cls, data)
         return cls(fields["name"], tuple(Rule.from_json(rule) for rule in fields["rules"]))
 
 
@@ -186,8 +198,9 @@ def get_recipe(recipe: str | Recipe | None) -> Recipe:
         raise TypeError(f"a recipe is a preset's name or a Recipe, got {type(recipe).__name__}")
     if recipe not in PRESETS:
         near = difflib.get_close_matches(recipe, PRESETS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown recipe {recipe!r}{hint} Known: {', '.join(sorted(PRESETS))}")
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(sorted(PRESETS))
+        raise ValueError(f"unknown recipe {recipe!r}.{hint} Known: {known}")
     return PRESETS[recipe]
 
 

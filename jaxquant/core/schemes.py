@@ -62,8 +62,9 @@ class WeightScheme:
         _check_percentile(self.percentile)
         _choose("scale_dtype", self.scale_dtype, Literal["float32", "bfloat16", "float16"])
         if self.granularity == "group":
-            if self.group_size is not None and self.group_size < 1:
-                raise ValueError(f"group_size={self.group_size} must be at least 1")
+            given = self.group_size
+            if given is not None and (type(given) is not int or given < 1):
+                raise ValueError(f"group_size={given!r} must be an integer of at least 1")
             size = self.group_size or default or DEFAULT_GROUP_SIZE
             object.__setattr__(self, "group_size", size)
         elif self.group_size is not None:
@@ -163,6 +164,17 @@ def checked_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {known}")
     return dict(data)
+
+
+def check_type(name: str, value: object, expected: type, *, optional: bool = False) -> None:
+    """Refuses a field of another type.
+
+    Raises:
+      TypeError: names the field, what was given and what it takes.
+    """
+    if not isinstance(value, expected) and not (optional and value is None):
+        takes = f"{expected.__name__} or None" if optional else expected.__name__
+        raise TypeError(f"{name}= takes {takes}, not {value!r}")
 
 
 def _choose(name: str, value: object, allowed: Any) -> None:

@@ -137,7 +137,7 @@ def test_json_of_a_newer_version_is_refused_by_name():
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match=r"did you mean 'w4a16_g128'.*nf4.*w8a8"):
+    with pytest.raises(ValueError, match=r"Did you mean 'w4a16_g128'.*nf4.*w8a8"):
         get_recipe("w4a16g128")
     with pytest.raises(TypeError, match="int"):
         get_recipe(4)
@@ -172,3 +172,23 @@ def test_a_dynamic_range_is_the_absolute_maximum():
     with pytest.raises(ValueError, match="needs calibration data: use mode='static'"):
         ActScheme("int8", mode="dynamic", range="percentile")
     assert ActScheme("int8", mode="static", range="percentile").percentile == 99.9
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Rule("a", weight="int8"), TypeError, "weight= takes WeightScheme or None"),
+        (lambda: Rule("a", weight=W8, act="int8"), TypeError, "act= takes ActScheme or None"),
+        (lambda: Rule(3, weight=W8), TypeError, "path= takes str"),
+        (lambda: Recipe("r", Rule(weight=W8)), TypeError, "rules= takes Iterable"),
+        (lambda: Recipe("r", ["w8a8"]), TypeError, r"rules\[0\]= takes Rule"),
+        (lambda: Recipe(None, ()), TypeError, "name= takes str"),
+        (lambda: Recipe.from_json("[]"), ValueError, "fields 'name' and 'rules'"),
+        (lambda: WeightScheme("int4", group_size=2.5), ValueError, "group_size=2.5 must be an int"),
+        (lambda: WeightScheme("int4", group_size="64"), ValueError, "group_size='64' must be an"),
+        (lambda: get_recipe("w9"), ValueError, r"unknown recipe 'w9'\..* Known: fp8, "),
+    ],
+)
+def test_fields_of_a_wrong_type_are_refused_by_name(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
