@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +28,9 @@ ARRAYS = "arrays"
 MANIFEST = "manifest"
 _MANIFEST_FILE = "metadata"  # the name Orbax's JSON handler gives its file
 _NEW, _OLD = ".jaxquant-new", ".jaxquant-old"
+# Orbax counts its operations for the whole process: of two that overlap, in two threads, one looks
+# for directories that the other was to make.
+_ONE_AT_A_TIME = threading.RLock()
 # Arrays are written in chunks of at most this size, so that a restore onto a finer mesh reads
 # (and decompresses) little more than its parts.
 _CHUNK_BYTES = 1 << 26
@@ -45,7 +50,13 @@ def write(path: str, arrays: Sequence[Any], envelope: dict[str, Any], *, overwri
     Raises:
       FileExistsError: something is there and may not be replaced.
     """
-    final = _path(path)
+    with _ONE_AT_A_TIME:
+        _write(_path(path), arrays, envelope, overwrite)
+
+
+def _write(
+    final: epath.Path, arrays: Sequence[Any], envelope: dict[str, Any], overwrite: bool
+) -> None:
     exists = final.exists()
     if exists:
         _check_replaceable(final, overwrite)
@@ -127,7 +138,11 @@ def read_arrays(
     )
     largest = max(r.size * jnp.dtype(r.dtype).itemsize for r in records)
     try:
-        with _quiet(), contextlib.closing(_checkpointer(registry, largest)) as checkpointer:
+        with (
+            _ONE_AT_A_TIME,
+            _quiet(),
+            contextlib.closing(_checkpointer(registry, largest)) as checkpointer,
+        ):
             found = checkpointer.restore(_path(path), ocp.args.Composite(**{ARRAYS: args}))[ARRAYS]
             jax.block_until_ready(found)
         if failures:
@@ -243,9 +258,9 @@ def _name(number: int) -> str:
 
 
 def _path(path: str) -> epath.Path:
-    # Orbax wants absolute paths; remote ones ("gs://...") are.
-    found = epath.Path(path).expanduser()
-    return found if found.is_absolute() or "://" in str(path) else found.resolve()
+    # Orbax wants absolute paths; remote ones ("gs://...") are. Links are followed: what replaces a
+    # checkpoint takes the place of the directory, not of a link to it.
+    return epath.Path(path if "://" in path else os.path.realpath(os.path.expanduser(path)))
 
 
 def _tree_bytes(root: epath.Path) -> int:

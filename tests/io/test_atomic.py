@@ -137,3 +137,14 @@ def test_relative_and_home_paths(tmp_path, monkeypatch):
     io.save("~/c", {"a": 2})
     assert io.restore(tmp_path / "c") == {"a": 2}
     assert io.inspect("~/c").rows == ()
+
+
+def test_a_link_to_a_checkpoint_is_followed(tmp_path):
+    path, link = tmp_path / "c", tmp_path / "latest"
+    io.save(path, {"x": jnp.zeros(3)})
+    link.symlink_to(path)
+    io.save(link, {"x": jnp.ones(3)}, overwrite=True)
+    assert link.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "latest"]
+    for name in (path, link):
+        assert_same(io.restore(name), {"x": jnp.ones(3)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import logging
 import os
 import socket
 import subprocess
@@ -89,3 +91,20 @@ def test_in_a_running_event_loop(tmp_path):
             io.restore(tmp_path / "c")
 
     asyncio.run(cell())
+
+
+def test_threads_save_and_restore_at_the_same_time(tmp_path):
+    trees = [{"w": random_qtensor("int4", (64, 32), 32)} for _ in range(3)]
+    level = logging.getLogger("absl").level
+
+    def round_trip(number):
+        for path in (tmp_path / str(number), tmp_path / "the same"):
+            io.save(path, trees[number], overwrite=True)
+        return io.restore(tmp_path / str(number))
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for tree, restored in zip(trees, pool.map(round_trip, range(3)), strict=True):
+            assert_same(tree, restored)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "the same"]
+    io.restore(tmp_path / "the same")
+    assert logging.getLogger("absl").level == level  # the quiet around Orbax ended
