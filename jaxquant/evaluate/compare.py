@@ -86,7 +86,7 @@ def compare(
       resamples: bootstrap resamples over examples; 0 for no intervals.
       level: coverage of the intervals.
       seed: of the resamples.
-      worst: how many worst examples to keep per recipe, at most one per row.
+      worst: how many worst examples to keep per recipe, at most one per row; 0 for none.
       on_nonfinite: "raise" stops at a recipe's first NaN or infinite output; "flag" goes on, counts
         the position as infinitely far and lists it in the report. The float model's always raise.
       progress: whether to show a progress bar (on terminals only).
@@ -99,8 +99,9 @@ def compare(
     Raises:
       ValueError: for an empty slice, outputs of different shapes, non-finite outputs, or where
         there is nothing to measure. Each names the recipe, slice and batch.
-      TypeError: for slices, batches or trees of a wrong kind.
+      TypeError: for slices, batches, trees or options of a wrong kind.
     """
+    _check_options(metrics, latency, seed, worst)
     if on_nonfinite not in ("raise", "flag"):
         raise ValueError(f"on_nonfinite is 'raise' or 'flag'; got {on_nonfinite!r}")
     slices = named_slices(data)
@@ -135,6 +136,17 @@ def compare(
             "own_loss": loss is None,
         },
     )
+
+
+def _check_options(metrics: Any, latency: Any, seed: Any, worst: Any) -> None:
+    """Refuses what would only fail, or be misread, after the models have run."""
+    if not isinstance(metrics, Mapping | None) or not all(map(callable, (metrics or {}).values())):
+        raise TypeError(f"metrics= is a mapping of name to fn(outputs, batch); got {metrics!r}")
+    if not isinstance(latency, bool | LatencyOptions):
+        raise TypeError(f"latency= is True, False or LatencyOptions; got {latency!r}")
+    for name, number in (("seed", seed), ("worst", worst)):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{name}= is an integer of at least 0; got {number!r}")
 
 
 def _speeds(

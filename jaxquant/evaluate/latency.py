@@ -5,8 +5,10 @@ models, so it must not import anything of jaxquant.
 
 Protocol. Every candidate is first called ``warmup`` times. Then, in each of ``rounds`` rounds,
 every candidate is run once, in an order shuffled anew each round, so that a machine that slows down
-slows all of them. A run waits for its result (``jax.block_until_ready``). A call shorter than
-``min_sample_s`` is repeated within the run, each call waited for, and the run's time is divided.
+slows all of them. A run begins with a call that is not timed: what ran before has emptied the
+caches, and a candidate is not to pay for its neighbour. A run waits for its result
+(``jax.block_until_ready``). A call shorter than ``min_sample_s`` is repeated within the run, each
+call waited for, and the run's time is divided.
 Compilation must have happened before: time it with :func:`timed`, apart from the rest.
 """
 
@@ -133,6 +135,7 @@ def _warm(fn: Callable[[], Any], options: LatencyOptions) -> int:
 
 
 def _run(fn: Callable[[], Any], repeats: int) -> float:
+    jax.block_until_ready(fn())
     start = time.perf_counter()
     for _ in range(repeats):
         jax.block_until_ready(fn())

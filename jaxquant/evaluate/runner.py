@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.evaluate.batches import Call, join
 from jaxquant.evaluate.latency import timed
@@ -32,13 +33,16 @@ class Runner:
     Attributes:
       fn: what is called.
       name: how errors and the report call it.
-      tree: the parameters, float or with QTensor leaves.
+      tree: the parameters, float or with QTensor leaves. NumPy arrays are put on the device once:
+        else every call would do it, and its time would be the model's.
       compile_times: one entry per signature, in the order met.
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], tree: Any):
         self.name = name
-        self.tree = tree
+        self.tree = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, tree
+        )
         self.compile_times: list[CompileTime] = []
         self.fn = fn
         self._programs: dict[Any, Any] = {}

@@ -118,7 +118,7 @@ class SliceScores:
         for row, position in enumerate(far.argmax(axis=1)):
             value = float(far[row, position])
             full = len(self._worst) >= self._keep
-            if value <= 0 or (full and value <= self._worst[0][0]):
+            if not self._keep or value <= 0 or (full and value <= self._worst[0][0]):
                 continue
             example = _worst(self.slice, batch, row, int(position), value, reading)
             if float_scores is not None and scores is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxquant.evaluate import LatencyOptions, compare
+from jaxquant.evaluate.runner import Runner
 from tests.evaluate import tiny
 
 quick = functools.partial(compare, latency=False, resamples=50, progress=False)
@@ -129,6 +130,25 @@ def test_worst_examples_are_the_largest_rows_in_order_and_decoded(params, nudged
     assert len(set(places)) == len(places)
     assert worst[0].context_text == decode(worst[0].tokens)
     assert worst[0].float_text == decode([worst[0].float_top])
+
+
+def test_no_worst_examples_where_none_are_asked_for(params, nudged, data):
+    assert quick(tiny.lm, params, nudged, data, worst=0).recipes[0].worst == ()
+
+
+def test_numpy_parameters_are_put_on_the_device_once(params, nudged, data, monkeypatch):
+    host = jax.tree.map(np.asarray, params)
+    seen, call = [], Runner.__call__
+
+    def watched(runner, batch):
+        seen.append(runner.tree)
+        return call(runner, batch)
+
+    monkeypatch.setattr(Runner, "__call__", watched)
+    report = quick(tiny.lm, host, nudged, data)
+    assert all(isinstance(leaf, jax.Array) for tree in seen for leaf in jax.tree.leaves(tree))
+    assert len({id(tree) for tree in seen}) == 2
+    assert report["float"].overall == quick(tiny.lm, params, nudged, data)["float"].overall
 
 
 def test_survival_holds_the_distribution(params, nudged, data):

@@ -141,3 +141,21 @@ def test_recipes_that_are_no_recipes(params):
         quick(tiny.lm, params, params, tokens, on_nonfinite="ignore")
     report = quick(tiny.lm, params, [params, params], tokens, names=["a", "b"])
     assert [r.name for r in report.recipes] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"metrics": {"m": 3}}, TypeError, "metrics= is a mapping of name to fn"),
+        ({"metrics": [len]}, TypeError, "metrics= is a mapping"),
+        ({"latency": "yes"}, TypeError, "latency= is True, False or LatencyOptions; got 'yes'"),
+        ({"worst": -1}, ValueError, "worst= is an integer of at least 0; got -1"),
+        ({"seed": "a"}, ValueError, "seed= is an integer of at least 0; got 'a'"),
+    ],
+)
+def test_options_of_a_wrong_kind_before_anything_runs(params, options, error, message):
+    def never(params, tokens):
+        raise AssertionError
+
+    with pytest.raises(error, match=message):
+        compare(never, params, params, [tiny.tokens(0)], progress=False, **options)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxquant.evaluate import latency
 from jaxquant.evaluate.latency import LatencyOptions, Timing, measure_latency, speedup, timed
 
 
@@ -22,16 +23,47 @@ def test_medians_quartiles_and_rounds_are_those_of_the_samples():
     assert found.calls_per_sample == 1
 
 
-def test_every_round_runs_every_candidate_once_in_changing_order():
+def orders(seed):
+    """The order of every round of three candidates."""
     ran = []
     calls = {name: (lambda name=name: ran.append(name)) for name in "abc"}
-    options = LatencyOptions(rounds=12, warmup=2, min_sample_s=0)
-    measure_latency(calls, options)
+    measure_latency(calls, LatencyOptions(rounds=12, warmup=2, min_sample_s=0, seed=seed))
     warm = 3 * 5  # two warm-up calls, and three that decide how often to repeat
-    rounds = [tuple(ran[i : i + 3]) for i in range(warm, len(ran), 3)]
+    runs = list(zip(ran[warm::2], ran[warm + 1 :: 2], strict=True))
+    assert all(untimed == timed for untimed, timed in runs)
+    names = [name for name, _ in runs]
+    return [tuple(names[i : i + 3]) for i in range(0, len(names), 3)]
+
+
+def test_every_round_runs_every_candidate_once_in_changing_order():
+    rounds = orders(seed=0)
     assert len(rounds) == 12
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 1
+    assert rounds == orders(seed=0) != orders(seed=1)
+
+
+def test_nobody_always_follows_the_same_candidate():
+    names = [name for order in orders(seed=0) for name in order]
+    pairs = set(zip(names, names[1:], strict=False))
+    assert {(a, b) for a in "abc" for b in "abc" if a != b} <= pairs
+
+
+def test_a_run_does_not_pay_for_what_the_one_before_left_behind(monkeypatch):
+    """A call takes longer once after another candidate ran, as with cold caches."""
+    clock, last = [0.0], [""]
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+
+    def candidate(name):
+        def call():
+            clock[0] += 1.0 if last[0] == name else 5.0
+            last[0] = name
+
+        return call
+
+    options = LatencyOptions(rounds=4, min_sample_s=0, max_seconds=1e9)
+    found = measure_latency({name: candidate(name) for name in "abc"}, options)
+    assert all(timing.samples_s == (1.0,) * 4 for timing in found.values())
 
 
 def test_short_calls_are_repeated_within_a_sample():
@@ -44,7 +76,7 @@ def test_short_calls_are_repeated_within_a_sample():
     options = LatencyOptions(rounds=3, warmup=0, min_sample_s=0.01)
     found = measure_latency({"quick": quick}, options)["quick"]
     assert found.calls_per_sample > 3
-    assert calls["n"] == 3 + 3 * found.calls_per_sample
+    assert calls["n"] == 3 + 3 * (1 + found.calls_per_sample)
     assert found.median_s < 0.005  # per call, not per sample
 
 
@@ -62,7 +94,7 @@ def test_results_are_waited_for():
             return self
 
     measure_latency({"a": Result}, LatencyOptions(rounds=2, warmup=1, min_sample_s=0))
-    assert Result.ready == 1 + 3 + 2
+    assert Result.ready == 1 + 3 + 2 * 2
 
 
 def test_timed_gives_the_result():
