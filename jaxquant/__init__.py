@@ -11,6 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxquant.algorithms.calibrate import calibrate as calibrate
+    from jaxquant.algorithms.compiled import Compiled as Compiled
+    from jaxquant.algorithms.compiled import compile as compile
     from jaxquant.algorithms.explain import explain as explain
     from jaxquant.algorithms.ptq import ptq as ptq
     from jaxquant.core.qtensor import QTensor as QTensor
@@ -33,12 +36,16 @@ if TYPE_CHECKING:
     from jaxquant.io.orbax import inspect as inspect
     from jaxquant.io.orbax import restore as restore
     from jaxquant.io.orbax import save as save
+    from jaxquant.passes.observe_rules import Observe as Observe
     from jaxquant.passes.plan import Plan as Plan
     from jaxquant.passes.rewrite import StrictError as StrictError
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "calibrate": "jaxquant.algorithms.calibrate",
+    "Compiled": "jaxquant.algorithms.compiled",
+    "compile": "jaxquant.algorithms.compiled",
     "explain": "jaxquant.algorithms.explain",
     "ptq": "jaxquant.algorithms.ptq",
     "QTensor": "jaxquant.core.qtensor",
@@ -61,6 +68,7 @@ _EXPORTS = {
     "inspect": "jaxquant.io.orbax",
     "restore": "jaxquant.io.orbax",
     "save": "jaxquant.io.orbax",
+    "Observe": "jaxquant.passes.observe_rules",
     "Plan": "jaxquant.passes.plan",
     "StrictError": "jaxquant.passes.rewrite",
 }

@@ -9,13 +9,13 @@ donated buffers, outputs.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.core import JaxprEqn, JaxprTypeError, Literal, Var, check_jaxpr
 from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat
+from jaxquant.passes.edit_jaxpr import CONTROL_FLOW, all_bodies
 from jaxquant.passes.program import Program
 
 
@@ -36,7 +36,7 @@ class Verifier:
     @staticmethod
     def equations(jaxpr: Any) -> int:
         """Number of equations, those of inner jaxprs included."""
-        return sum(1 for _ in all_equations(jaxpr))
+        return sum(len(body.eqns) for body in all_bodies(jaxpr))
 
     def check(self, program: Program) -> None:
         """Checks the program's own invariants, the scoping of variables, and types if ``full``.
@@ -74,39 +74,30 @@ class Verifier:
         """
         old, _ = _compat.open_jaxpr(before.jaxpr)
         new, _ = _compat.open_jaxpr(after.jaxpr)
+        if not typed and not self._full:
+            known = {id(eqn) for eqn in old.eqns}
+            for eqn in new.eqns:
+                if id(eqn) not in known:
+                    _check_types(new, eqn)
         if outputs:
             _check_outputs(old, new)
         lost = survivors(old) - survivors(new)
         if lost:
             items = ", ".join(f"{n} x {what}" for what, n in sorted(lost.items(), key=str))
             raise VerificationError(f"lost: {items}")
-        if not typed and not self._full:
-            known = {id(eqn) for eqn in old.eqns}
-            for eqn in new.eqns:
-                if id(eqn) not in known:
-                    _check_types(new, eqn)
-
-
-def all_equations(jaxpr: Any) -> Iterator[JaxprEqn]:
-    """The equations of a jaxpr and of all jaxprs in it, outer ones first."""
-    jaxpr, _ = _compat.open_jaxpr(jaxpr)
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in _compat.sub_jaxprs(eqn):
-            yield from all_equations(inner)
 
 
 def survivors(jaxpr: Any) -> collections.Counter[str]:
     """What no pass may drop, counted: effects, constraints, checkpoint names, donations."""
     found: collections.Counter[str] = collections.Counter()
-    for eqn in all_equations(jaxpr):
+    for eqn in (eqn for body in all_bodies(jaxpr) for eqn in body.eqns):
         if eqn.primitive is jp.name_p:
             found[f"checkpoint_name {eqn.params['name']!r}"] += 1
         elif eqn.primitive is jp.sharding_constraint_p:
             found[f"sharding constraint {eqn.params['sharding']}"] += 1
         elif eqn.primitive is jp.jit_p:
             found["donated buffer"] += sum(eqn.params["donated_invars"])
-        if eqn.effects and not _compat.has_sub_jaxprs(eqn):
+        if eqn.effects and eqn.primitive not in CONTROL_FLOW:
             found[f"effect of {eqn.primitive}"] += 1
     return +found
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
+from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe
 from jaxquant.passes.assign_recipe import Assignment, ParamPlan, assign_recipe
 from jaxquant.passes.find_weights import find_weights
+from jaxquant.passes.make_plan import make_plan
 from jaxquant.passes.plan import Plan, PlanRow
 from jaxquant.passes.program import Program, trace
 from jaxquant.passes.rewrite import StrictError
+from jaxquant.passes.stored_scheme import stored_assignment
 
 Example = tuple[Sequence[Any], Mapping[str, Any]]
 
@@ -52,6 +57,28 @@ def plan_parameters(
     """The plans of the parameters that are to be quantized; see `assign`."""
     _, assignment = assign(fn, tree, paths, example, recipe)
     return assignment.quantized
+
+
+def stored_plan(program: Program, arguments: Sequence[Any], notes: Sequence[str] = ()) -> Plan:
+    """The plan of a call whose weights are quantized already.
+
+    Args:
+      program: the float program of the call.
+      arguments: what ``program.flatten`` gives for it.
+      notes: remarks that the plan should carry.
+    """
+    weights = {
+        known.path: value
+        for known, value in zip(program.inputs, arguments, strict=True)
+        if known.path is not None and is_qtensor(value)
+    }
+    abstract = {path: jax.tree.map(_struct, weight) for path, weight in weights.items()}
+    assignment = stored_assignment(find_weights(program), program.parameters, abstract)
+    return make_plan(program, assignment, notes, abstract)
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def require_quantized(plan: Plan) -> None:

@@ -122,7 +122,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts at their real width: int4 counts half a byte (numpy says one)."""
-        return sum(_format_bytes(leaf) for leaf in jax.tree.leaves(self))
+        return sum(storage_bytes(leaf) for leaf in jax.tree.leaves(self))
 
     def nbytes_on_device(self) -> int:
         """Bytes all parts occupy on the device, as the runtime reports them.
@@ -279,14 +279,15 @@ def _bits(dtype: Any) -> int:
     return dtype.itemsize * 8
 
 
-def _format_bytes(leaf: Any) -> int:
+def storage_bytes(leaf: Any) -> int:
+    """Bytes of an array or abstract value at its real width: int4 counts half a byte."""
     return -(-math.prod(leaf.shape) * _bits(leaf.dtype) // 8)
 
 
 def _device_bytes(leaf: Any) -> int:
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
         return int(leaf.on_device_size_in_bytes())
-    return _format_bytes(leaf)
+    return storage_bytes(leaf)
 
 
 def _describe(part: Any) -> str:

@@ -256,12 +256,3 @@ def test_functions_and_recipes_by_name():
 def test_errors_name_the_parameter():
     with pytest.raises(ValueError, match=r"layers/fc/kernel: groups of 128 .* length 16"):
         plan_of(Scanned(), X, recipe="w4a16_g128")
-
-
-def test_a_quantized_tree_is_refused():
-    import jaxquant as jq
-
-    model = quantize("w8a16")(nn.Dense(8))
-    variables = jq.ptq(model, model.init(jax.random.key(0), jnp.ones((2, 16))), jnp.ones((2, 16)))
-    with pytest.raises(ValueError, match="quantized already"):
-        explain(model, variables, jnp.ones((2, 16)))

@@ -1,0 +1,172 @@
+"""What a program moves and computes, counted from its jaxpr: the roofline's two numbers.
+
+Called by `jaxquant.compile` for the figures before and after, and by benchmarks. The count is a
+model of what a good compiler does, the same for both programs: products, lookups, sorts, scatters
+and updates read their operands and write their results once; everything elementwise is taken to
+be fused into its neighbours and to cost nothing. XLA's own account of a compiled program is
+`Compiled.lower().compile().cost_analysis()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.extend.core import Literal
+from jax.extend.core import primitives as jp
+
+from jaxquant.core import _compat, primitives
+from jaxquant.core.qtensor import storage_bytes
+from jaxquant.passes.edit_jaxpr import bodies
+
+_PRODUCTS = frozenset(
+    {
+        jp.dot_general_p,
+        jp.conv_general_dilated_p,
+        _compat.ragged_dot_general_p,
+        primitives.quantized_dot_general_p,
+        primitives.quantized_conv_general_dilated_p,
+        primitives.quantized_ragged_dot_p,
+    }
+)
+_LOOKUPS = frozenset({jp.gather_p, jp.dynamic_slice_p})
+_UPDATES = frozenset({jp.dynamic_update_slice_p, jp.scatter_p, jp.scatter_add_p})
+_MOVES = frozenset({jp.sort_p, primitives.dequantize_p})
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one run of a program moves and computes.
+
+    Attributes:
+      weight_bytes: bytes read that come from parameters, codes and scales at their real width.
+      activation_bytes: all other bytes read and written by operations that are not fused.
+      operations: multiplications and additions of products.
+      products: how many products are run.
+      unknown_loops: while loops in it, whose number of turns is not known: counted once.
+    """
+
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+    operations: int = 0
+    products: int = 0
+    unknown_loops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """All bytes."""
+        return self.weight_bytes + self.activation_bytes
+
+    def __add__(self, other: Traffic) -> Traffic:
+        fields = dataclasses.fields(self)
+        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields))
+
+    def times(self, count: int) -> Traffic:
+        """That of ``count`` runs; loops of unknown length stay as many as they are."""
+        fields = {f.name: count * getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Traffic(**{**fields, "unknown_loops": self.unknown_loops})
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The float program's `Traffic`, and the quantized one's."""
+
+    before: Traffic
+    after: Traffic
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Bytes after by bytes before: the time of a step that is bound by memory."""
+        return self.after.bytes / self.before.bytes if self.before.bytes else math.nan
+
+
+def traffic(jaxpr: Any, weights: Sequence[bool]) -> Traffic:
+    """Counts a closed jaxpr.
+
+    Args:
+      jaxpr: the closed jaxpr.
+      weights: for each of its inputs whether it is (part of) a parameter.
+    """
+    inner, _ = _compat.open_jaxpr(jaxpr)
+    return _body(inner, weights)
+
+
+def _body(jaxpr: Any, weights: Sequence[bool]) -> Traffic:
+    """Counts an open jaxpr; what is only moved or cast from a parameter still is a parameter."""
+    known = {var for var, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
+    total = Traffic()
+    for eqn in jaxpr.eqns:
+        flags = [not isinstance(v, Literal) and v in known for v in eqn.invars]
+        inner = list(bodies(eqn))
+        if inner:
+            total += _control(eqn, inner, flags)
+        else:
+            total += _equation(eqn, flags)
+            if eqn.primitive in _FOLLOWED and any(flags):
+                known.update(eqn.outvars)
+    return total
+
+
+# What a compiler fuses into the reader of a parameter, so that the parameter's bytes are read.
+_FOLLOWED = frozenset(
+    {
+        jp.convert_element_type_p, jp.transpose_p, jp.reshape_p, jp.squeeze_p, jp.slice_p,
+        jp.broadcast_in_dim_p, jp.copy_p, jp.name_p, jp.sharding_constraint_p, jp.rev_p,
+    }
+)  # fmt: skip
+
+
+def _control(eqn: Any, inner: Sequence[Any], flags: list[bool]) -> Traffic:
+    if eqn.primitive is jp.scan_p:
+        return _body(inner[0], flags).times(eqn.params["length"])
+    if eqn.primitive is jp.while_p:
+        first = eqn.params["cond_nconsts"]
+        second = first + eqn.params["body_nconsts"]
+        test = _body(inner[0], flags[:first] + flags[second:])
+        return test + _body(inner[1], flags[first:]) + Traffic(unknown_loops=1)
+    if eqn.primitive is jp.cond_p:
+        return max((_body(b, flags[1:]) for b in inner), key=lambda t: t.bytes)
+    return _body(inner[0], flags)
+
+
+def _equation(eqn: Any, flags: list[bool]) -> Traffic:
+    out = sum(storage_bytes(v.aval) for v in eqn.outvars)
+    if eqn.primitive in _PRODUCTS or eqn.primitive in _MOVES:
+        read = _read(eqn, flags)
+        product = eqn.primitive in _PRODUCTS
+        work = _operations(eqn) if product else 0
+        return Traffic(read[True], read[False] + out, work, int(product))
+    if eqn.primitive in _LOOKUPS:  # reads what it picks
+        return Traffic(out * flags[0], out * (2 - flags[0]))
+    if eqn.primitive in _UPDATES:  # in place: writes the update only
+        update = eqn.invars[1 if eqn.primitive is jp.dynamic_update_slice_p else 2]
+        return Traffic(activation_bytes=2 * storage_bytes(update.aval))
+    return Traffic()
+
+
+def _read(eqn: Any, flags: list[bool]) -> Mapping[bool, int]:
+    read = {True: 0, False: 0}
+    for atom, is_weight in zip(eqn.invars, flags, strict=True):
+        read[is_weight] += storage_bytes(atom.aval)
+    return read
+
+
+def _operations(eqn: Any) -> int:
+    """Two for each multiplication."""
+    out = math.prod(eqn.outvars[0].aval.shape)
+    params = eqn.params
+    if eqn.primitive is jp.dot_general_p:
+        (contract, _), _ = params["dimension_numbers"]
+        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+    if eqn.primitive is primitives.quantized_dot_general_p:
+        contract = params["dimension_numbers"][0][0 if params["weight_side"] == "rhs" else 1]
+        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+    if "ragged_dot_dimension_numbers" in params:
+        numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in numbers[0][0])
+    # A convolution: the kernel's elements for each output, its output features counted once.
+    kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
+    features = kernel[numbers.rhs_spec[0]]
+    return 2 * out * math.prod(kernel) // max(features, 1)

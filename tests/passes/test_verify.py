@@ -1,0 +1,74 @@
+"""What the verifier says is lost."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxquant.passes.program import trace
+from jaxquant.passes.verify import VerificationError, Verifier, survivors
+
+X = jnp.ones((8, 4))
+
+
+def floats(p, x):
+    return x @ p
+
+
+def with_name(p, x):
+    return checkpoint_name(x @ p, "product")
+
+
+def with_effect(p, x):
+    out = x @ p
+    jax.debug.callback(lambda _: None, out)
+    return out
+
+
+def with_constraint(p, x):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.lax.with_sharding_constraint(x @ p, NamedSharding(mesh, PartitionSpec("d")))
+
+
+def with_donation(p, x):
+    return jax.jit(lambda x: x @ p, donate_argnums=0)(x)
+
+
+def with_all_in_a_loop(p, x):
+    def step(c, _):
+        return with_name(p, with_effect(p, c)), None
+
+    return jax.lax.scan(step, x, None, length=2)[0]
+
+
+W = jnp.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("fn", "lost"),
+    [
+        (with_name, "checkpoint_name 'product'"),
+        (with_effect, "effect of debug_callback"),
+        (with_constraint, "sharding constraint"),
+        (with_donation, "donated buffer"),
+        (with_all_in_a_loop, "checkpoint_name 'product'"),
+    ],
+)
+def test_each_loss_is_named(fn, lost):
+    before, after = trace(fn, W, (X,)), trace(floats, W, (X,))
+    verifier = Verifier(full=True)
+    with pytest.raises(VerificationError, match=lost):
+        verifier.check_change(before, after, outputs=True, typed=True)
+    verifier.check_change(after, before, outputs=True, typed=True)  # more is no loss
+
+
+def test_survivors_are_counted_in_every_body():
+    found = survivors(trace(with_all_in_a_loop, W, (X,)).jaxpr)
+    assert found == {"checkpoint_name 'product'": 1, "effect of debug_callback": 1}
+
+
+def test_inputs_and_their_description_must_agree():
+    program = trace(floats, W, (X,))
+    with pytest.raises(VerificationError, match="describes 1 inputs, its jaxpr has 2"):
+        Verifier(full=False).check(program.with_jaxpr(program.jaxpr, inputs=program.inputs[:1]))
