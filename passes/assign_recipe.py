@@ -192,8 +192,8 @@ def _never_quantized(plan: ParamPlan) -> str:
 def _deciding(own: Sequence[tuple[OpUse, Rule | None]]) -> tuple[OpUse, Rule | None]:
     """The use that decides the axes of the scales: the product with most work, else a lookup.
 
-    The first of equals; what a gradient multiplies decides last. The work tells a layer from what is done to its kernel on the side, such
-    as the power iteration of a spectral norm.
+    The first of equals; what a gradient multiplies decides last. The work tells a layer from what
+    is done to its kernel on the side, such as the power iteration of a spectral norm.
     """
     products = [pair for pair in own if pair[0].is_product and pair[0].contracts]
     forward = [pair for pair in products if not pair[0].backward]
