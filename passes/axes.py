@@ -134,7 +134,7 @@ def reshape(origin: Origin, old: Sequence[int], new: Sequence[int]) -> Origin:
     dims: list[tuple[Factor, ...]] = [()] * len(new)
     starts = [0] * len(new)
     splits, merges = set(origin.splits), set(origin.merges)
-    for ins, outs in _groups(old, new):
+    for ins, outs in groups(old, new):
         whole_dims = all(origin.starts[i] == 0 and origin.size(i) == old[i] for i in ins)
         if len(ins) == 1 and len(outs) == 1:
             dims[outs[0]], starts[outs[0]] = origin.dims[ins[0]], origin.starts[ins[0]]
@@ -205,7 +205,7 @@ def _broadcast(n: int) -> tuple[Factor, ...]:
     return () if n == 1 else (Factor(None, 0, n, n),)
 
 
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Smallest runs of dimensions, sizes of one left out, that hold the same elements."""
     ins = [i for i, n in enumerate(old) if n != 1]
     outs = [i for i, n in enumerate(new) if n != 1]

@@ -1,0 +1,75 @@
+"""The table of rules that say how per-channel factors pass through operations.
+
+A rule looks at one operation some of whose values carry factors, and states what the others must
+carry so that the operation still gives what it gave, up to those factors. Factors are positive.
+What has no rule commutes with nothing. The rules are in `channel_elementwise`, `channel_products`
+and `channel_structure`; `channel_flow` gives the table to the solver. A new primitive is one more
+rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jax.extend.core import Primitive
+
+from jaxquant.passes.channel_graph import Node, Value
+from jaxquant.passes.channel_labels import Array
+from jaxquant.passes.channel_solver import Flow, Reason, Rule
+
+RULES: dict[Primitive | str, Rule] = {}
+
+Map = Callable[[Array], Array]
+
+
+def register(*kinds: Primitive | str) -> Callable[[Rule], Rule]:
+    """Decorator that enters a rule for operations; a second rule for one is an error."""
+
+    def enter(rule: Rule) -> Rule:
+        for kind in dict.fromkeys(kinds):
+            if kind in RULES:
+                raise ValueError(f"{kind} already has a rule")
+            RULES[kind] = rule
+        return rule
+
+    return enter
+
+
+def link(
+    flow: Flow, node: Node, a: Value, b: Value, forward: Map, backward: Map, why: str
+) -> None:
+    """Two values whose factors determine each other."""
+    if flow.get(a) is None and (layout := flow.get(b)) is not None:
+        flow.assign(a, backward(layout), Reason(node, b, why))
+    if (layout := flow.get(a)) is not None:
+        flow.assign(b, forward(layout), Reason(node, a, why))
+
+
+def equal(flow: Flow, node: Node, values: Sequence[Value], why: str) -> None:
+    """Values that carry the same factors."""
+    known = next((v for v in values if flow.get(v) is not None), None)
+    if known is not None:
+        for value in values:
+            flow.assign(value, flow.layouts[known], Reason(node, known, why))
+
+
+def only(flow: Flow, node: Node, carrier: int) -> None:
+    """Sees to it that the operand of a product that is no carrier carries no factors."""
+    other = node.ins[1 - carrier]
+    layout = flow.get(other)
+    if layout is not None:
+        flow.forbid(layout, node, "both operands of a product would carry factors")
+
+
+def carrier_of(flow: Flow, node: Node, values: Sequence[Value]) -> int | None:
+    """Which of two operands carries factors; None if none does, or it is still open."""
+    if node not in flow.carriers:
+        known = [i for i, v in enumerate(values) if flow.get(v) is not None]
+        able = [i for i, v in enumerate(values) if v.literal is None and v.is_float]
+        if not known and flow.get(node.outs[0]) is None:
+            return None
+        if not known and len(able) > 1:
+            flow.choose(node, able)
+            return None
+        flow.carriers[node] = (known or able or [0])[0]
+    return flow.carriers[node]
