@@ -54,6 +54,13 @@ FACTORY = """
     def number():
         return 7
 
+    def wrong(name, value):
+        return lambda: {**linen(), name: value}
+
+    array_example, a_class = wrong("example", X), wrong("model", Net)
+    array_calibration, array_slice = wrong("calibration", X), wrong("data", {"first": X})
+    listed_data = wrong("data", [X])
+
     def incomplete():
         return dict(model=Net())
 
@@ -139,6 +146,12 @@ def test_help_imports_no_framework():
         (("explain", "--model", "project_models:incomplete"), "lacks example"),
         (("explain", "--model", "project_models:misspelt"), "unknown dta"),
         (("quantize", "--model", "project_models:bare", "--out", "o"), "no variables"),
+        (("explain", "--model", "project_models:array_example"), "example is a tuple of arguments"),
+        (("explain", "--model", "project_models:a_class"), "give an instance, such as Net(...)"),
+        (("explain", "--model", "project_models:array_calibration"), "got an array [5, 16]"),
+        (("explain", "--model", "project_models:array_slice"), "slice 'first' of data is a list"),
+        (("explain", "--model", "project_models:listed_data"), "got list"),
+        (("compare", "--html", "no/such/page.html"), "--html no/such/page.html: there is no such"),
     ],
 )
 def test_wrong_command_lines_exit_with_two(here, capsys, args: tuple[str, ...], message: str):
@@ -165,9 +178,15 @@ def test_errors_on_the_way_are_one_line_and_exit_with_one(here, capsys):
 
 def test_demo_leaves_foreign_folders_alone(here, capsys):
     (here / "mine").mkdir()
-    (here / "mine" / "thesis.tex").write_text("x")
+    for name in ("thesis.tex", "report.json"):
+        (here / "mine" / name).write_text("x")
     assert main(["demo", "--out", "mine"]) == 2
-    assert (here / "mine" / "thesis.tex").exists()
+    (here / "mine" / ".jaxquant-demo").write_text("w8a8\nreport.html")
+    assert main(["demo", "--out", "mine"]) == 2  # an earlier demo's, but not this report.json
+    assert "report.json is in the way" in capsys.readouterr().err
+    assert {p.name for p in (here / "mine").iterdir()} == {
+        *("thesis.tex", "report.json", ".jaxquant-demo")
+    }
 
 
 @pytest.mark.parametrize("factory", ["linen", "bare", "twin", "function"])
@@ -178,6 +197,16 @@ def test_explain(here, capsys, factory: str):
     assert plan["ok"] is True
     assert main(args) == 0
     assert "int8" in capsys.readouterr().out
+
+
+def test_strict_lists_what_would_not_run_quantized(here, capsys):
+    args = ("explain", "--model", "project_models:function", "--strict")
+    assert run_json(capsys, *args)[0] == 0
+    recipe = jq.Recipe("nothing", (jq.Rule("none", weight=jq.WeightScheme(), optional=True),))
+    (here / "nothing.json").write_text(json.dumps(recipe.to_json()))
+    code, plan = run_json(capsys, *args, "--recipe", "nothing.json")
+    assert code == 1
+    assert "w (dot): float" in plan["failures"][0]
 
 
 @pytest.mark.parametrize("factory", ["linen", "twin", "function"])
@@ -268,12 +297,15 @@ def test_demo(here, capsys):
 
 def test_second_demo_replaces_the_first(here, capsys, monkeypatch):
     (here / "jaxquant-demo" / "w1a16").mkdir(parents=True)
-    (here / "jaxquant-demo" / "report.json").write_text("{}")
+    (here / "jaxquant-demo" / "notes.txt").write_text("mine")
+    (here / "jaxquant-demo" / ".jaxquant-demo").write_text("w1a16\nreport.json")
     assert main(["demo", "--recipes", "w8a16", "--batches", "1", "--no-latency"]) == 0
     text = capsys.readouterr().out
     assert "w8a16" in text
     assert "equal" in text
-    assert not (here / "jaxquant-demo" / "w1a16").exists()
+    assert {p.name for p in (here / "jaxquant-demo").iterdir()} == {
+        *("w8a16", "report.html", "report.json", "notes.txt", ".jaxquant-demo")
+    }
 
 
 def test_differences_sees_every_bit():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etils import epath
+
 import jaxquant as jq
+from jaxquant.algorithms.planning import require_quantized
 from jaxquant.cli import target
 from jaxquant.cli.errors import UsageError
 from jaxquant.cli.outcome import Outcome
@@ -23,15 +25,19 @@ def explain(args: argparse.Namespace) -> Outcome:
     recipe = target.recipe(args.recipe)
     chosen = target.load(args.model, args.checkpoint, shapes_only=True)
     plan = jq.explain(chosen.quantizable(recipe), *chosen.arguments)
-    loose = plan.where(status="dequantized") if args.strict else []
-    failures = tuple(f"{row.param} is dequantized before use: {row.reason}" for row in loose)
-    return Outcome(data=plan.to_json(), shown=(plan,), failures=failures)
+    failures = []
+    if args.strict:
+        try:
+            require_quantized(plan)
+        except jq.StrictError as error:
+            failures.append(str(error))
+    return Outcome(data=plan.to_json(), shown=(plan,), failures=tuple(failures))
 
 
 def quantize(args: argparse.Namespace) -> Outcome:
     """`jaxquant quantize`: quantize and save."""
     recipe = target.recipe(args.recipe)
-    out = Path(args.out)
+    out = epath.Path(args.out)
     if out.exists() and not args.overwrite:
         raise UsageError(f"{out} exists; --overwrite replaces it")
     chosen = target.load(args.model, args.checkpoint)
@@ -46,7 +52,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
     return inspection(target.existing(args.checkpoint), verify=args.verify)
 
 
-def inspection(path: Path, *, verify: bool) -> Outcome:
+def inspection(path: epath.Path, *, verify: bool) -> Outcome:
     """What a checkpoint says of itself; with `verify` every array is read and checked too."""
     info = jq.inspect(path)
     if verify:
@@ -58,6 +64,8 @@ def inspection(path: Path, *, verify: bool) -> Outcome:
 def compare(args: argparse.Namespace) -> Outcome:
     """`jaxquant compare`: quality, bytes and speed beside the float model."""
     paths = [target.existing(text) for text in args.quantized]
+    if args.html and not epath.Path(args.html).parent.is_dir():
+        raise UsageError(f"--html {args.html}: there is no such folder")
     names = args.recipes if args.recipes or paths else ["w8a8"]
     recipes = target.recipes(names)
     chosen = target.load(args.model, args.checkpoint, args.batches)

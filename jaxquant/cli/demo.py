@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from jaxquant.core.recipe import Recipe
 
 _BATCHES = 3
-_MARKER = "report.json"
+# Names what a demo wrote into its folder, one entry a line: a later one deletes these, no others.
+_MARKER = ".jaxquant-demo"
 
 
 def demo(args: argparse.Namespace) -> Outcome:
     """Quantizes, saves, restores and compares; writes checkpoints, report.html and report.json."""
     recipes = target.recipes(args.recipes)
-    out = _fresh_folder(Path(args.out))
+    out = _fresh_folder(Path(args.out), (*recipes, "report.html", "report.json"))
     chosen = target.shipped(args.batches or _BATCHES)
     trees: dict[str, Any] = {}
     checkpoints: dict[str, dict[str, Any]] = {}
@@ -49,7 +51,7 @@ def demo(args: argparse.Namespace) -> Outcome:
         command="jaxquant demo",
     )
     page = report.save_html(out / "report.html")
-    report.save_json(out / _MARKER)
+    report.save_json(out / "report.json")
     return Outcome(
         data={
             "checkpoints": checkpoints,
@@ -61,14 +63,26 @@ def demo(args: argparse.Namespace) -> Outcome:
     )
 
 
-def _fresh_folder(out: Path) -> Path:
-    """Empties the folder of an earlier demo; refuses any other that holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / _MARKER).is_file():
-            raise UsageError(f"{out} exists and is no earlier demo's; give another with --out")
-        shutil.rmtree(out)
+def _fresh_folder(out: Path, names: Sequence[str]) -> Path:
+    """A folder for `names`: what an earlier demo wrote there is deleted, and nothing else.
+
+    Raises:
+      UsageError: something is in the way that no demo wrote.
+    """
+    marker = out / _MARKER
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
+        raise UsageError(f"{out} exists and is no earlier demo's; give another with --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / _MARKER).write_text("{}")
+    earlier = marker.read_text(encoding="utf-8").splitlines() if marker.exists() else []
+    for entry in out.iterdir():
+        if entry.name in names and entry.name not in earlier:
+            raise UsageError(f"{entry} is in the way and no earlier demo's; give another --out")
+    for entry in [entry for entry in out.iterdir() if entry.name in earlier]:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    marker.write_text("\n".join(names), encoding="utf-8")
     return out
 
 

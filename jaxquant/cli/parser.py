@@ -92,7 +92,9 @@ def _explain(commands: argparse._SubParsersAction) -> None:
     )
     _recipe(command)
     command.add_argument(
-        "--strict", action="store_true", help="fail if a quantized weight is dequantized before use"
+        "--strict",
+        action="store_true",
+        help="fail if a weight is dequantized before use, or left float though no rule skips it",
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 import jaxquant as jq
 from jaxquant.cli.errors import UsageError
@@ -49,7 +52,7 @@ class Target:
         """The model under a recipe; under its own (or the default) where None is given."""
         return jq.quantize(recipe or recipe_of(self.model))(self.model)
 
-    def restore(self, path: Path) -> Any:
+    def restore(self, path: epath.Path) -> Any:
         """A checkpoint of quantized weights, in the form in which `ptq` returns them."""
         return jq.restore(path, model=self.model if self.variables is None else None)
 
@@ -101,7 +104,7 @@ def load(
             raise UsageError("--checkpoint holds the variables of a --model; give --model as well")
         return shipped(batches)
     entries = _call_factory(model)
-    example = tuple(entries["example"])
+    example = entries["example"]
     subject, variables = _filled(
         entries["model"], entries.get("variables"), checkpoint, example, shapes_only
     )
@@ -111,8 +114,8 @@ def load(
         model=subject,
         variables=variables,
         example=example,
-        calibration=tuple(entries.get("calibration") or ()),
-        data={name: list(group)[:batches] for name, group in data.items()},
+        calibration=tuple(entries.get("calibration", ())),
+        data={name: list(itertools.islice(group, batches)) for name, group in data.items()},
         metrics=entries.get("metrics") or {},
     )
 
@@ -149,9 +152,9 @@ def recipes(texts: Iterable[str]) -> dict[str, Recipe]:
     return found
 
 
-def existing(directory: str) -> Path:
-    """The path of a directory that must exist."""
-    path = Path(directory)
+def existing(directory: str) -> epath.Path:
+    """The path of a directory that must exist; remote ones ("gs://...") too."""
+    path = epath.Path(directory)
     if not path.is_dir():
         raise UsageError(f"no checkpoint at {directory}: there is no such directory")
     return path
@@ -206,4 +209,34 @@ def _call_factory(spec: str) -> Mapping[str, Any]:
     if missing or unknown:
         problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
         raise UsageError(f"--model {spec}: the factory's mapping {problem}")
+    entries = {name: entry for name, entry in entries.items() if entry is not None}
+    for problem in _problems(entries):
+        raise UsageError(f"--model {spec}: {problem}")
     return entries
+
+
+def _problems(entries: Mapping[str, Any]) -> Iterator[str]:
+    """What is of a wrong kind in a factory's mapping. An array is no list: its rows are batches."""
+    if isinstance(entries["model"], type):
+        yield f"model is a class; give an instance, such as {entries['model'].__name__}(...)"
+    if not isinstance(entries["example"], tuple):
+        yield f"example is a tuple of arguments, such as (x,); got {_kind(entries['example'])}"
+    if not _is_batches(entries.get("calibration", ())):
+        yield f"calibration is a list of batches; got {_kind(entries['calibration'])}"
+    data = entries.get("data", {})
+    if not isinstance(data, Mapping):
+        yield f"data is a mapping from slice name to a list of batches; got {_kind(data)}"
+        return
+    for name, group in data.items():
+        if not _is_batches(group):
+            yield f"slice {name!r} of data is a list of batches; got {_kind(group)}"
+
+
+def _is_batches(value: Any) -> bool:
+    return isinstance(value, Iterable) and not (
+        isinstance(value, str | Mapping) or hasattr(value, "shape")
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"an array {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
