@@ -42,10 +42,16 @@ def dump(directory: str | os.PathLike[str]) -> Iterator[Path]:
         _directory = before
 
 
+def wanted() -> Path | None:
+    """The directory that dumps go to at present, or None."""
+    named = os.environ.get("JAXQUANT_DUMP")
+    return _directory or (Path(named) if named else None)
+
+
 def start(title: str, program: Program) -> Dump | None:
     """A dump of one run of a pipeline, or None where none is asked for."""
-    directory = _directory or os.environ.get("JAXQUANT_DUMP")
-    return Dump(Path(directory), title, program) if directory else None
+    directory = wanted()
+    return Dump(directory, title, program) if directory else None
 
 
 class Dump:

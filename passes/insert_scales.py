@@ -18,6 +18,7 @@ from jaxquant.core import _compat
 from jaxquant.core.names import path_string
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.recipe import Rule
+from jaxquant.passes import dumping
 from jaxquant.passes.events import Event
 from jaxquant.passes.forwarding import forwarded_inputs
 from jaxquant.passes.interpreter import Weight, is_weight
@@ -98,13 +99,13 @@ class InsertScales(Pass):
 
     def _listener(self, events: list[Event]) -> Callable[[Event], None] | None:
         # Describing a lowering costs time: only where somebody reads it.
-        from_outside = self.on_event
-        if from_outside is None:
+        if self.on_event is None and dumping.wanted() is None:
             return None
 
         def listen(event: Event) -> None:
             events.append(event)
-            from_outside(event)
+            if self.on_event is not None:
+                self.on_event(event)
 
         return listen
 

@@ -12,9 +12,11 @@ import jax
 
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe
-from jaxquant.passes.assign_recipe import Assignment, ParamPlan, assign_recipe
+from jaxquant.passes.analyses import AssignRecipe, FindWeights
+from jaxquant.passes.assign_recipe import Assignment, ParamPlan
 from jaxquant.passes.find_weights import find_weights
 from jaxquant.passes.make_plan import make_plan
+from jaxquant.passes.pass_manager import PassManager
 from jaxquant.passes.plan import Plan, PlanRow
 from jaxquant.passes.program import Program, trace
 from jaxquant.passes.rewrite import StrictError
@@ -44,7 +46,8 @@ def assign(
     """
     args, kwargs = example
     program = trace(fn, tree, args, kwargs, paths)
-    return program, assign_recipe(find_weights(program), program.parameters, recipe)
+    program = PassManager([FindWeights(), AssignRecipe(recipe)], title=recipe.name).run(program)
+    return program, program.facts["assignment"]
 
 
 def plan_parameters(

@@ -31,7 +31,8 @@ def test_each_pass_gets_a_numbered_file_and_a_diff(quantized, tmp_path):
     before = (folder / "000-net" / "00-input.txt").read_text()
     after = (folder / "000-net" / "01-insert_scales.txt").read_text()
     assert "# stage float" in before and "quantized_dot_general" not in before
-    assert "# input 0: w codes" in after and after.count("quantized_dot_general") == 2
+    assert "# input 0: w codes" in after and after.count("quantized_dot_general[") == 2
+    assert after.count("# w: dot_general -> xla: ") == 2  # the decisions
     diff = (folder / "000-net" / "01-insert_scales.diff").read_text()
     assert any(x.startswith("- ") and "dot_general" in x for x in diff.splitlines())
     assert any(x.startswith("+ ") and "quantized_dot_general" in x for x in diff.splitlines())
