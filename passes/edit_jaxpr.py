@@ -145,9 +145,7 @@ def apply(primitive: Primitive, atoms: Sequence[Any], params: dict[str, Any], li
       params: its parameters.
       like: the equation whose source line, name stack and context the new one gets.
     """
-    with like.ctx.manager:
-        out, _ = primitive.abstract_eval(*(a.aval for a in atoms), **params)
-    avals = out if primitive.multiple_results else (out,)
+    avals = _compat.abstract_eval(primitive, [a.aval for a in atoms], params, like)
     outvars = [new_var(aval) for aval in avals]
     return new_jaxpr_eqn(list(atoms), outvars, primitive, params, set(), like.source_info, like.ctx)
 

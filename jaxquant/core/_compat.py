@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import custom_derivatives as _custom_derivatives
 from jax._src import dispatch as _dispatch
@@ -29,6 +30,7 @@ from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_shard
 from jax.extend.core import primitives as jp
 
 __all__ = [
+    "abstract_eval",
     "backward_mark",
     "bind",
     "bind_remat",
@@ -65,6 +67,8 @@ __all__ = [
     "sub_jaxprs",
     "unsplit",
     "unstack_p",
+    "vary_like",
+    "varying_axes",
     "zero_tangent",
 ]
 
@@ -117,6 +121,18 @@ def jaxpr_of_equation(jaxpr: Any, eqn: Any) -> Any:
     outputs = [v for v in eqn.outvars if not isinstance(v, _core.DropVar)]
     info = jaxpr.debug_info.with_unknown_names()
     return _core.Jaxpr((), inputs, outputs, [eqn], eqn.effects, info)
+
+
+def abstract_eval(primitive: Any, avals: Sequence[Any], params: Any, eqn: Any) -> list[Any]:
+    """Types of the outputs of ``primitive`` for an equation to be put beside ``eqn``.
+
+    Inside shard_map the types say over which axes values vary, but rules of JAX's own keep that
+    only if they are told to.
+    """
+    varying = any(aval.mat.varying for aval in avals)
+    with eqn.ctx.manager, _config._check_vma(varying):
+        out, _ = primitive.abstract_eval(*avals, **params)
+    return list(out) if primitive.multiple_results else [out]
 
 
 def scan_arity(eqn: Any) -> tuple[int, int]:
@@ -260,6 +276,21 @@ def match_varying(*args: Any) -> list[Any]:
     the psum of the cotangents.
     """
     return list(_core.auto_insert_reshard(*args))
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Names of the manual mesh axes that a value, or what stands for its type, varies over."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        manual = x.manual_axis_type
+    else:
+        manual = getattr(jax.typeof(x), "mat", None)
+    return frozenset() if manual is None else manual.varying
+
+
+def vary_like(x: Any, other: Any) -> Any:
+    """``x``, marked as varying over the manual axes that ``other`` (or its type) varies over."""
+    missing = varying_axes(other) - varying_axes(x)
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def canonical_precision(precision: Any) -> Any:

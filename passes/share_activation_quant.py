@@ -1,0 +1,194 @@
+"""`share_activation_quant`: an activation is quantized once for all the products that read it.
+
+After `insert_scales` every quantized product quantizes its own input. This pass takes that out:
+one `quantize_activation` for each value and scheme in a body, whose codes and scale become operands
+of the products (query, key and value; gate and up). The products keep the float input for their
+derivative, which is the same as before (straight through); forward, XLA drops it. Results are
+bit-equal to those before.
+
+A value is the same one in another shape: behind a transpose, a reshape, a broadcast or a widening
+that the quantization commutes with (`activation_moves`) it is quantized where the ways of its
+users part, and the codes are moved in its place. A conversion or a move that each layer makes for
+itself counts as one.
+
+Inputs of a single product become explicit as well: one form for the passes behind (`fuse_siblings`,
+`elide_roundtrips`, `lower_to_kernels`), for one equation more. What stays implicit, and why:
+
+* a static scale that is not one number for the input (experts with scales of their own);
+* static scales are shared only if they are one array. Scales that were calibrated apart for query,
+  key and value are equal in practice, but nothing in the program says so; and without a range to be
+  measured, quantizing again is one rounding that XLA fuses;
+* codes do not cross the border of a body (jit, scan, remat, cond): each quantizes its own.
+
+Runs on a quantized program, after `insert_scales`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import primitives as jp
+
+from jaxquant.core import _compat, primitives
+from jaxquant.core.primitives.activation import scale_dtype
+from jaxquant.core.primitives.weights import bind_leaves, unflatten
+from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.passes.activation_moves import WHOLE, before, canonical, replay, representatives
+from jaxquant.passes.edit_jaxpr import apply, edit, is_var, new_eqn, replace_eqns
+from jaxquant.passes.pass_manager import Pass, PassResult
+from jaxquant.passes.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareActivationQuant(Pass):
+    """One `quantize_activation` for each value and scheme; see the module's docstring."""
+
+    name: ClassVar[str] = "share_activation_quant"
+    requires: ClassVar[frozenset[str]] = frozenset({"quantized"})
+
+    def run(self, program: Program) -> PassResult:
+        """Applies the pass."""
+        notes: list[str] = []
+        closed = edit(program.jaxpr, lambda jaxpr, _: _share(jaxpr, notes))
+        if closed is program.jaxpr:
+            return PassResult(program)
+        return PassResult(program.with_jaxpr(closed), tuple(notes))
+
+
+class Node(NamedTuple):
+    """A variable and how it is quantized."""
+
+    var: Any
+    act: ActQuant
+
+
+class Request(NamedTuple):
+    """What one product wants of its input.
+
+    Attributes:
+      chain: from the input back to the value it is a form of, each with its scheme.
+      dtype: dtype of the arithmetic.
+      static_scale: variable of the given scale, or None.
+    """
+
+    chain: tuple[Node, ...]
+    dtype: np.dtype
+    static_scale: Any
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for requests that one quantization can serve."""
+        return (*self.chain[-1], self.dtype, self.static_scale)
+
+
+def _share(jaxpr: Any, notes: list[str]) -> Any:
+    producers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    first = representatives(jaxpr)
+    requests = {i: _request(eqn, producers, first) for i, eqn in enumerate(jaxpr.eqns)}
+    groups: dict[Any, list[int]] = {}
+    for i, request in requests.items():
+        if request is not None:
+            groups.setdefault(request.key, []).append(i)
+    if not groups:
+        return jaxpr
+    places = {
+        key: _where_ways_part([requests[i].chain for i in members])  # type: ignore[union-attr]
+        for key, members in groups.items()
+    }
+    eqns: list[Any] = []
+    done: dict[Any, tuple[Any, Any]] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        request = requests[i]
+        if request is not None:
+            place = places[request.key]
+            codes, scale = _codes(request, place, producers, done, eqns, eqn)
+            eqn = _given(eqn, codes, scale)
+        eqns.append(eqn)
+    for key, members in groups.items():
+        if len(members) > 1:
+            notes.append(_note(places[key], [jaxpr.eqns[i] for i in members]))
+    return replace_eqns(jaxpr, eqns)
+
+
+def _request(eqn: Any, producers: dict[Any, Any], first: dict[Any, Any]) -> Request | None:
+    if eqn.primitive is not primitives.quantized_dot_general_p:
+        return None
+    x, act = eqn.invars[0], eqn.params["act"]
+    if act is None or eqn.params["x_quantized"] or not is_var(x) or not x.aval.shape:
+        return None
+    w = unflatten(eqn.params["tree"], eqn.invars[1:])
+    static_scale = w.input_scale if act.static else None
+    if static_scale is not None and static_scale.aval.size != 1:
+        return None
+    chain = [Node(first.get(x, x), canonical(act, x.aval.shape))]
+    while (producer := producers.get(chain[-1].var)) is not None:
+        act, x = before(producer, chain[-1].act, WHOLE), producer.invars[0]
+        if act is None or not is_var(x) or not x.aval.shape:
+            break
+        chain.append(Node(first.get(x, x), act))
+    return Request(tuple(chain), scale_dtype(x.aval, w.dtype), static_scale)
+
+
+def _where_ways_part(chains: Sequence[tuple[Node, ...]]) -> Node:
+    """The node nearest to the products that is on the way of all of them."""
+    common = None
+    for nodes in zip(*(reversed(chain) for chain in chains), strict=False):
+        if len(set(nodes)) > 1:
+            break
+        common = nodes[0]
+    assert common is not None  # the chains of a group end in the same node
+    return common
+
+
+def _codes(
+    request: Request,
+    place: Node,
+    producers: dict[Any, Any],
+    done: dict[Any, tuple[Any, Any]],
+    eqns: list[Any],
+    user: Any,
+) -> tuple[Any, Any]:
+    """Variables of the codes and the scale of a product's input; adds equations for them."""
+    chain = request.chain[: request.chain.index(place) + 1]
+    for i, node in reversed(list(enumerate(chain))):
+        if (node, request.key) in done:
+            continue
+        if node == place:
+            new = _quantize(node, request, user)
+            codes, scale = new[-1].outvars
+        else:
+            codes, scale = done[chain[i + 1], request.key]
+            new, codes, scale = replay(producers[node.var], codes, scale, node.act)
+        eqns += new
+        done[node, request.key] = codes, scale
+    return done[chain[0], request.key]
+
+
+def _quantize(node: Node, request: Request, user: Any) -> list[Any]:
+    operands, eqns = [node.var], []
+    if request.static_scale is not None:
+        ones = (1,) * len(node.var.aval.shape)
+        params = {"new_sizes": ones, "dimensions": None, "sharding": None}
+        eqns.append(apply(jp.reshape_p, [request.static_scale], params, like=user))
+        operands += eqns[0].outvars
+    scheme: dict[str, Any] = {"act": node.act, "dtype": request.dtype}
+    return [*eqns, apply(primitives.quantize_activation_p, operands, scheme, like=user)]
+
+
+def _given(eqn: Any, codes: Any, scale: Any) -> Any:
+    """The product with codes and scale as operands."""
+    w = unflatten(eqn.params["tree"], eqn.invars[1:])
+    leaves, tree = jax.tree_util.tree_flatten(bind_leaves(w))
+    params = {**eqn.params, "tree": tree, "x_quantized": True}
+    invars = [eqn.invars[0], codes, scale, *leaves]
+    return new_eqn(invars, eqn.outvars, eqn.primitive, params, like=eqn)
+
+
+def _note(place: Node, users: Sequence[Any]) -> str:
+    names = ["/".join(_compat.name_stack_names(eqn)) or _compat.source_line(eqn) for eqn in users]
+    aval = place.var.aval.str_short()
+    return f"{aval} is quantized once for {len(users)} products: {', '.join(names)}"
