@@ -69,6 +69,23 @@ class PlanRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class ObserverSize:
+    """What one statistic of one operand takes.
+
+    Attributes:
+      path: the operand, or "" for the counter of batches.
+      statistic: its name.
+      shape: shape of its value, layers included.
+      bytes: bytes of its state on the device.
+    """
+
+    path: str
+    statistic: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """All operations of a model under a recipe, in the order of the program.
 
@@ -76,11 +93,18 @@ class Plan:
       recipe: the recipe's name.
       rows: the operations; parameters that none could use quantized come last.
       notes: remarks on the whole.
+      observers: what calibration would take on the device, where that was asked for.
     """
 
     recipe: str
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
+    observers: tuple[ObserverSize, ...] = ()
+
+    @property
+    def observer_bytes(self) -> int:
+        """Bytes of all statistics that calibration would keep on the device."""
+        return sum(size.bytes for size in self.observers)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -121,6 +145,9 @@ class Plan:
             "totals": self.totals,
             "rows": rows,
             "notes": list(self.notes),
+            "observers": [
+                {**dataclasses.asdict(size), "shape": list(size.shape)} for size in self.observers
+            ],
         }
 
     def __str__(self) -> str:

@@ -45,6 +45,9 @@ def parts(plan: Plan) -> Iterator[RenderableType]:
         yield _reasons(quantized)
     if floats:
         yield _left_float(floats)
+    if plan.observers:
+        yield Text(f"calibration keeps {format_bytes(plan.observer_bytes)} on the device")
+        yield _observers(plan)
     for note in plan.notes:
         yield Text(f"note: {note}")
 
@@ -124,6 +127,16 @@ def _left_float(rows: Sequence[PlanRow]) -> Table:
             format_bytes(size) if size else "-",
             ", ".join(names[:_NAMED]) + more,
         )
+    return table
+
+
+def _observers(plan: Plan) -> Table:
+    """What the statistics take; the counters beside them are only part of the sum above."""
+    table = _table("observed", "statistic", "shape", "bytes")
+    for size in plan.observers:
+        if size.path and size.statistic != "nonfinite":
+            shape = _dims(size.shape)
+            table.add_row(size.path, size.statistic, shape, format_bytes(size.bytes))
     return table
 
 

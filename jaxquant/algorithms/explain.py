@@ -58,8 +58,8 @@ def explain(
     if recipe_of(model) is None:
         model = quantize(recipe)(model)
     adapter = describe(model)
-    variables, rest = (None, args) if adapter.kind == "nnx" else (args[0], args[1:])
-    fn, tree = adapter.pure(variables)
+    given, rest = ((), args) if adapter.kind == "nnx" else (args[:1], args[1:])
+    fn, tree = adapter.pure(*given)
     paths = adapter.param_paths(tree)
     if any(map(is_qtensor, jax.tree_util.tree_leaves(tree, is_leaf=is_qtensor))):
         if recipe is not None:

@@ -6,15 +6,14 @@ leaf by leaf. The steps are the passes' and the algorithms'; this file only puts
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
-from jaxquant.algorithms import calibrate
-from jaxquant.algorithms.calibrate import Call
+from jaxquant.algorithms import static_ranges
+from jaxquant.algorithms.calibrate import Call, batch_calls, chain
 from jaxquant.algorithms.planning import assign, require_quantized
 from jaxquant.algorithms.progress import track
 from jaxquant.algorithms.rtn import quantize_weight
@@ -22,7 +21,6 @@ from jaxquant.core import placement
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe
-from jaxquant.frontends.batches import call_arguments
 from jaxquant.passes.abstract_weights import abstract_weight
 from jaxquant.passes.assign_recipe import Assignment, ParamPlan
 from jaxquant.passes.make_plan import make_plan
@@ -68,15 +66,14 @@ def ptq(
     paths = adapter.param_paths(tree)
     leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_qtensor)
     _refuse_quantized(paths, leaves)
-    calls = _calls(calibration, kwargs)
+    calls = batch_calls(calibration, kwargs)
     first = next(calls, None)
     example = (args, kwargs) if args or first is None else first
     chosen = adapter.recipe if recipe is None else get_recipe(recipe)
     program, assignment = assign(fn, tree, paths, example, chosen)
     if strict:
         require_quantized(make_plan(program, assignment))
-    batches = () if first is None else itertools.chain([first], calls)
-    scales = _input_scales(fn, tree, paths, batches, assignment)
+    scales = _input_scales(fn, tree, paths, chain(first, calls), assignment)
     plans = {plan.path: plan for plan in assignment.quantized}
     todo = [(i, plans[path]) for i, path in enumerate(paths) if path in plans]
     for i, plan in track(todo, "quantizing", show=progress):
@@ -95,12 +92,6 @@ def _refuse_quantized(paths: Sequence[str | None], leaves: Sequence[Any]) -> Non
         )
 
 
-def _calls(calibration: Iterable[Any] | None, kwargs: dict[str, Any]) -> Iterator[Call]:
-    for number, batch in enumerate(() if calibration is None else calibration):
-        args, own = call_arguments(batch, f"calibration batch {number}")
-        yield args, {**kwargs, **own}
-
-
 def _input_scales(
     fn: Any, tree: Any, paths: Sequence[str | None], calls: Iterable[Call], assignment: Assignment
 ) -> dict[str, Any]:
@@ -111,13 +102,13 @@ def _input_scales(
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree_util.tree_leaves(tree)):
         return {p.path: abstract_weight(p).input_scale for p in plans}
     acts = {p.path: p.act for p in plans if p.act is not None}
-    statistics = {path: calibrate.statistic_for(act) for path, act in acts.items()}
-    stats = calibrate.collect(fn, tree, paths, calls, statistics)
+    statistics = {path: static_ranges.statistic_for(act) for path, act in acts.items()}
+    stats = static_ranges.collect(fn, tree, paths, calls, statistics)
     unseen = [p.path for p in plans if p.path not in stats]
     if unseen:
         raise ValueError(f"no calibration batch reaches the product that {unseen[0]!r} is used in")
     return {
-        p.path: calibrate.input_scale(
+        p.path: static_ranges.input_scale(
             stats[p.path], statistics[p.path], acts[p.path], p.shape, p.layer_axes
         )
         for p in plans

@@ -12,9 +12,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxquant.passes.histogram import Histogram, percentile_of_histogram
 from jaxquant.passes.observers import insert_observers
 from jaxquant.passes.program import trace
-from jaxquant.passes.statistics import AbsMax, Histogram, percentile_of_histogram
+from jaxquant.passes.statistics import AbsMax
 
 X = jax.random.normal(jax.random.key(0), (5, 8))
 W = jax.random.normal(jax.random.key(1), (8, 8)) / 2

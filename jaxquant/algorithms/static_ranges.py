@@ -1,0 +1,78 @@
+"""Static activation scales from calibration data. Called by `ptq` and by `qat`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.algorithms.calibrate import Call, run_batches
+from jaxquant.core.qtypes import get_qtype
+from jaxquant.core.schemes import ActScheme
+from jaxquant.passes.histogram import Histogram, percentile_of_histogram
+from jaxquant.passes.observe_rules import Observe
+from jaxquant.passes.statistics import AbsMax, Statistic
+
+
+def statistic_for(act: ActScheme) -> Statistic:
+    """What has to be collected for a static scheme."""
+    return AbsMax() if act.range == "absmax" else Histogram()
+
+
+def collect(
+    fn: Callable[..., Any],
+    tree: Any,
+    paths: Sequence[str | None],
+    calls: Iterable[Call],
+    statistics: Mapping[str, Statistic],
+) -> dict[str, jax.Array]:
+    """Statistics of the inputs of the given parameters' ops, over all calls.
+
+    Args:
+      fn: the float function ``fn(tree, *args, **kwargs)``.
+      tree: its parameters.
+      paths: name of each leaf of ``tree`` (see `trace`).
+      calls: positional and keyword arguments of each batch.
+      statistics: what is collected for each parameter.
+
+    Returns:
+      Parameter path to state; a parameter stacked by a scan has a leading layer axis.
+
+    Raises:
+      ValueError: there is no batch, or an input of some op is not finite.
+    """
+    rules = [Observe(path, (statistic,)) for path, statistic in statistics.items()]
+    seen = run_batches(fn, tree, paths, calls, rules).seen
+    return {path: states[statistics[path].name] for path, states in seen.items()}
+
+
+def input_scale(
+    stat: Any, statistic: Statistic, act: ActScheme, shape: Sequence[int], layers: Sequence[int]
+) -> jax.Array:
+    """The static scale of an op's input, shaped to stand in the weight's QTensor.
+
+    Args:
+      stat: the collected state, one leading axis for each scan that stacks the weight.
+      statistic: what it is: an `AbsMax` or a `Histogram`.
+      act: the scheme; its range and percentile choose the largest magnitude that is kept.
+      shape: shape of the weight.
+      layers: axes of the weight that number layers.
+
+    Returns:
+      Float32 of the weight's rank, the size of each layer axis and 1 elsewhere. Where the layers
+      were not told apart by the statistic all of them share one scale.
+    """
+    own = 1 if isinstance(statistic, Histogram) else 0
+    stacked = stat.shape[: stat.ndim - own]
+    if stacked != tuple(shape[axis] for axis in layers):
+        for _ in stacked:
+            stat = statistic.reduce(stat)
+        layers = ()
+    amax = stat if act.range == "absmax" else percentile_of_histogram(stat, act.percentile)
+    limit = get_qtype(act.qtype).qmax
+    scale = jnp.where(amax > 0, amax / limit, 1.0)
+    sizes = [shape[axis] if axis in layers else 1 for axis in range(len(shape))]
+    return scale.astype(np.float32).reshape(sizes)
