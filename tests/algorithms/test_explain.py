@@ -256,3 +256,16 @@ def test_functions_and_recipes_by_name():
 def test_errors_name_the_parameter():
     with pytest.raises(ValueError, match=r"layers/fc/kernel: groups of 128 .* length 16"):
         plan_of(Scanned(), X, recipe="w4a16_g128")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Dense(4), "Dense is a Linen module: give its variables"),
+        (lambda params, x: x, "is a function: give its parameters"),
+        (nn.Dense, "Dense is a class: give an instance"),
+    ],
+)
+def test_a_call_without_parameters_says_what_is_missing(model, message):
+    with pytest.raises(TypeError, match=message):
+        explain(model)

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
+from jaxquant.algorithms.ptq import ptq
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.frontends import quantize
 from tests.frontends import nnx_zoo as zoo
@@ -291,6 +292,11 @@ def test_bridges():
     model = nnx.bridge.ToNNX(quantize(linen.Dense)(4), rngs=nnx.Rngs(0)).lazy_init(x)
     quantized, floats = _quantized(model)
     assert_close(quantized(x), floats(x))
+    inside = nnx.bridge.ToNNX(linen.Dense(4), rngs=nnx.Rngs(0)).lazy_init(x)
+    decorated = quantize("w8a16")(inside)
+    quantized = ptq(decorated, x, progress=False)
+    assert qtensor_count(nnx.state(quantized)) == 1
+    assert_close(quantized(x), dequantized_module(quantized)(x))
     module = nnx.bridge.to_linen(quantize(nnx.Linear), zoo.DIM, 4)
     variables = quantize_tree(module.init(jax.random.key(0), x))
     assert qtensor_count(variables) == 1
