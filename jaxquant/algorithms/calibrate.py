@@ -15,7 +15,7 @@ import jax
 
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.frontends import describe, quantize
-from jaxquant.frontends.batches import call_arguments
+from jaxquant.frontends.batches import call_arguments, check_batches
 from jaxquant.frontends.marks import recipe_of
 from jaxquant.passes.insert_observers import Observation, Seen, check_finite, check_rules, read
 from jaxquant.passes.observe_rules import Observe, observe_rules
@@ -57,8 +57,8 @@ def calibrate(
     if recipe_of(model) is None:
         model = quantize(model)
     adapter = describe(model)
-    variables, rest = (None, args) if adapter.kind == "nnx" else (args[0], args[1:])
-    fn, tree = adapter.pure(variables)
+    given, rest = ((), args) if adapter.kind == "nnx" else (args[:1], args[1:])
+    fn, tree = adapter.pure(*given)
     if any(map(is_qtensor, jax.tree_util.tree_leaves(tree, is_leaf=is_qtensor))):
         raise ValueError("calibrate takes the float tree; this one is quantized already")
     if rest and calibration is not None:
@@ -71,8 +71,11 @@ def calibrate(
 
 
 def batch_calls(calibration: Iterable[Any] | None, kwargs: Mapping[str, Any]) -> Iterator[Call]:
-    """The arguments of each calibration batch."""
-    for number, batch in enumerate(() if calibration is None else calibration):
+    """The arguments of each calibration batch; none where `calibration` is None."""
+    if calibration is None:
+        return
+    check_batches(calibration, "calibration")
+    for number, batch in enumerate(calibration):
         args, own = call_arguments(batch, f"calibration batch {number}")
         yield args, {**kwargs, **own}
 

@@ -61,13 +61,15 @@ def ptq(
         static range lacks calibration, or the tree is quantized already.
     """
     adapter = describe(model)
-    variables, args = (None, args) if adapter.kind == "nnx" else (args[:1], args[1:])
-    fn, tree = adapter.pure(variables[0] if variables else None)
+    given, args = ((), args) if adapter.kind == "nnx" else (args[:1], args[1:])
+    fn, tree = adapter.pure(*given)
     paths = adapter.param_paths(tree)
     leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_qtensor)
     _refuse_quantized(paths, leaves)
     calls = batch_calls(calibration, kwargs)
     first = next(calls, None)
+    if calibration is not None and first is None:
+        raise ValueError("calibration holds no batch; give at least one, or leave calibration out")
     example = (args, kwargs) if args or first is None else first
     chosen = adapter.recipe if recipe is None else get_recipe(recipe)
     program, assignment = assign(fn, tree, paths, example, chosen)

@@ -7,7 +7,7 @@ import importlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,33 +210,24 @@ def _call_factory(spec: str) -> Mapping[str, Any]:
         problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
         raise UsageError(f"--model {spec}: the factory's mapping {problem}")
     entries = {name: entry for name, entry in entries.items() if entry is not None}
-    for problem in _problems(entries):
-        raise UsageError(f"--model {spec}: {problem}")
+    try:
+        _check_kinds(entries)
+    except TypeError as error:
+        raise UsageError(f"--model {spec}: {error}") from error
     return entries
 
 
-def _problems(entries: Mapping[str, Any]) -> Iterator[str]:
-    """What is of a wrong kind in a factory's mapping. An array is no list: its rows are batches."""
-    if isinstance(entries["model"], type):
-        yield f"model is a class; give an instance, such as {entries['model'].__name__}(...)"
-    if not isinstance(entries["example"], tuple):
-        yield f"example is a tuple of arguments, such as (x,); got {_kind(entries['example'])}"
-    if not _is_batches(entries.get("calibration", ())):
-        yield f"calibration is a list of batches; got {_kind(entries['calibration'])}"
-    data = entries.get("data", {})
+def _check_kinds(entries: Mapping[str, Any]) -> None:
+    """Refuses what is of a wrong kind in a factory's mapping."""
+    from jaxquant.frontends.batches import check_batches
+
+    model, example, data = entries["model"], entries["example"], entries.get("data", {})
+    if isinstance(model, type):
+        raise TypeError(f"model is a class; give an instance, such as {model.__name__}(...)")
+    if not isinstance(example, tuple):
+        raise TypeError(f"example is a tuple of arguments, such as (x,); got {type(example)}")
+    check_batches(entries.get("calibration", ()), "calibration")
     if not isinstance(data, Mapping):
-        yield f"data is a mapping from slice name to a list of batches; got {_kind(data)}"
-        return
-    for name, group in data.items():
-        if not _is_batches(group):
-            yield f"slice {name!r} of data is a list of batches; got {_kind(group)}"
-
-
-def _is_batches(value: Any) -> bool:
-    return isinstance(value, Iterable) and not (
-        isinstance(value, str | Mapping) or hasattr(value, "shape")
-    )
-
-
-def _kind(value: Any) -> str:
-    return f"an array {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+        raise TypeError(f"data is a mapping from slice name to a list of batches; got {type(data)}")
+    for name, batches in data.items():
+        check_batches(batches, f"slice {name!r} of data")

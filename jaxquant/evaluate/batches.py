@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.frontends.batches import call_arguments
+from jaxquant.frontends.batches import call_arguments, check_batches
 
 _TOKEN_NAMES = ("tokens", "input_ids", "token_ids", "ids", "inputs", "x")
 
@@ -81,16 +81,7 @@ def named_slices(data: Any) -> dict[str, Iterable[Any]]:
             raise TypeError(
                 f"slice names are non-empty strings; got {name!r} ({type(name).__name__})"
             )
-        if is_array(batches):
-            raise TypeError(
-                f"slice {name!r} is an array of shape {tuple(batches.shape)}; a slice is an "
-                "iterable of "
-                "batches: give [array] for one batch, or split it"
-            )
-        if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
-            raise TypeError(
-                f"slice {name!r} is a {type(batches).__name__}; a slice is an iterable of batches"
-            )
+        check_batches(batches, f"slice {name!r}")
     return dict(slices)
 
 

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+
+def check_batches(batches: Any, what: str) -> None:
+    """Refuses what only looks like batches: the rows of an array, the keys of a mapping.
+
+    Args:
+      batches: what should be an iterable of batches; it is not walked.
+      what: its name, for errors, e.g. "slice 'english'".
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if hasattr(batches, "shape"):
+        raise TypeError(
+            f"{what} is an array of shape {tuple(batches.shape)}; it takes an iterable of batches: "
+            "give [array] for one batch, or split it"
+        )
+    if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{what} is a {type(batches).__name__}; it takes an iterable of batches, such as a list"
+        )
 
 
 def call_arguments(batch: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

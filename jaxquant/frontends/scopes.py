@@ -53,8 +53,8 @@ def _linen_interceptor(
 # NNX ---------------------------------------------------------------------------------------------
 
 SCOPED = "_jaxquant_scoped"  # class attribute of a scoping subclass: the class it stands for
-# A static instance attribute: it survives split and merge inside transforms. The prefix is Flax's for
-# attributes that are no part of the model: nnx.bridge.ToNNX takes all others for variables.
+# A static instance attribute: it survives split and merge inside transforms. The prefix is Flax's
+# for attributes that are no part of the model: nnx.bridge.ToNNX takes all others for variables.
 _PATH = "_pytree__jaxquant_path"
 
 

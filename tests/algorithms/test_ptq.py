@@ -241,6 +241,12 @@ def test_errors(stack):
         jq.ptq(model, variables, X)
     with pytest.raises(TypeError, match="calibration batch 1"):
         jq.ptq(decorated, variables, calibration=[X, 3])
+    with pytest.raises(TypeError, match=r"calibration is an array .* give \[array\] for one batch"):
+        jq.ptq(decorated, variables, calibration=X)
+    with pytest.raises(TypeError, match="calibration is a dict"):
+        jq.ptq(decorated, variables, calibration={"x": X})
+    with pytest.raises(ValueError, match="calibration holds no batch"):
+        jq.ptq(decorated, variables, calibration=[])
     with pytest.raises(ValueError, match="not finite"):
         jq.ptq(decorated, variables, calibration=[X.at[0, 0].set(jnp.nan)])
     bad = jax.tree.map(lambda x: x, variables)
