@@ -209,9 +209,12 @@ def _on_explicit_mesh(eqn: Any) -> bool:
 
 def _factors(x: Sequence[int], out: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of axes before and after a reshape that hold the same values."""
-    groups, i, j = [], 0, 0
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
     while i < len(x) or j < len(out):
-        ins, outs, sizes = [], [], [1, 1]
+        ins: list[int] = []
+        outs: list[int] = []
+        sizes = [1, 1]
         while not (ins or outs) or sizes[0] != sizes[1]:
             if i < len(x) and (sizes[0] <= sizes[1] or j == len(out)):
                 ins.append(i)

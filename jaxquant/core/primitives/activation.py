@@ -87,7 +87,7 @@ def _compute(
 
 def _batch(
     axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, act: ActQuant, dtype: np.dtype
-) -> tuple[Sequence[jax.Array], Sequence[int]]:
+) -> tuple[Sequence[jax.Array], Sequence[int | None]]:
     if dims[0] is None:  # only the given scale differs
         size = axis_data.size
         args, dims = [jnp.broadcast_to(args[0], (size, *args[0].shape)), *args[1:]], [0, *dims[1:]]

@@ -90,8 +90,9 @@ def bind_dots(
 
 def split_weights(tree: Any, leaves: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
     """For each weight its own tree and what `leaves` has for its parts."""
+    children: list[Any] = jax.tree_util.treedef_children(tree)
     rest, parts = iter(leaves), []
-    for own in jax.tree_util.treedef_children(tree):
+    for own in children:
         parts.append((own, [next(rest) for _ in range(own.num_leaves)]))
     return parts
 
