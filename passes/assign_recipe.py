@@ -154,7 +154,7 @@ def _plan(plan: ParamPlan, own: Sequence[tuple[OpUse, Rule | None]]) -> ParamPla
     return dataclasses.replace(
         plan,
         scheme=scheme,
-        act=rule.act if use.is_product else None,
+        act=rule.act if _quantizes_input(use, rule) else None,
         block_shape=blocks,
         packed_axis=choose_packed_axis(plan.shape, blocks, stack) if packed else None,
         layer_axes=tuple(a.axis for a in use.axes if a.is_layer),
@@ -175,7 +175,8 @@ def _never_quantized(plan: ParamPlan) -> str:
     if not products and not lookups:
         other = plan.uses[0]
         return f"{other.detail}, which has no quantized form{_at(other)}"
-    if not any(use.contracts for use in products) and not lookups:
+    sums = any(use.contracts for use in products)
+    if not sums and not lookups:
         where = _at(products[0])
         return f"its products sum over none of its axes: a gain, bias or outer product{where}"
     first = (products or lookups)[0]
@@ -184,7 +185,7 @@ def _never_quantized(plan: ParamPlan) -> str:
         return "a vector: it has fewer than two axes besides those of layers"
     if not products and plan.path.rpartition("/")[2] in _VECTOR_NAMES:
         return "a table of gains or biases, by its name; rows of embeddings are looked up"
-    if not products and all(summed(first, axis) == 1 for axis in first.axes):
+    if not sums and all(summed(lookups[0], axis) == 1 for axis in lookups[0].axes):
         return "its lookups pick single values, which can share no scale"
     return ""
 
@@ -213,6 +214,15 @@ def _is_smaller(plan: ParamPlan, scheme: WeightScheme, blocks: Sequence[int]) ->
     return size * qtype.bits + scales * scale_bits < size * 8 * jnp.dtype(plan.dtype).itemsize
 
 
+def _quantizes_input(use: OpUse, rule: Rule) -> bool:
+    """Whether the rule's activation scheme is for this product.
+
+    XLA has no integer convolution or ragged dot that is fast on every platform: these take a rule
+    that names them.
+    """
+    return use.primitive == "dot_general" or (use.is_product and rule.op is not None)
+
+
 def _notes(
     use: OpUse, rule: Rule, blocks: Sequence[int], own: Sequence[tuple[OpUse, Rule | None]]
 ) -> list[str]:
@@ -223,6 +233,11 @@ def _notes(
     prescribed = get_qtype(scheme.qtype).group_size is not None
     if use.primitive == "conv" and scheme.granularity == "group" and not prescribed:
         notes.append("a convolution has one scale an output channel, not groups")
+    if use.is_product and rule.act is not None and not _quantizes_input(use, rule):
+        notes.append(
+            f"its input stays float: XLA has no integer {use.kind} that is fast on every platform; "
+            f"a rule with op={use.kind!r} quantizes it"
+        )
     for other, other_rule in own:
         if other is use:
             continue

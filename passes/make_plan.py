@@ -168,7 +168,7 @@ def _row(
 
 
 def _quantizes_input(use: OpUse) -> bool:
-    return use.primitive == "dot_general" and not use.backward
+    return use.is_product and not use.backward
 
 
 def _outcome(use: OpUse, event: Event | None) -> tuple[Status, str]:

@@ -101,13 +101,16 @@ def _does_not_divide(use: OpUse, group: int, path: str) -> str:
     allowed = [n for n in divisors(run) if n > 1 and last.allows(n)]
     total = math.prod(summed(use, axis) for axis in axes)
     more = f"; all its summed axes together have {total}" if len(axes) > 1 else ""
+    sizes = ", ".join(map(str, allowed)) or "none"
     return (
         f"{path}: groups of {group} do not fit axis {last.axis} of length {last.length}{part} of "
-        f"shape {shape}{more}. Group sizes that do: {', '.join(map(str, allowed))}. Put a rule in "
+        f"shape {shape}{more}. Group sizes that do: {sizes}. Put a rule in "
         f"front, e.g. recipe.with_rules(Rule({path!r}, weight=WeightScheme(..., "
-        f"group_size={_nearest(allowed, group)})))"
+        f"{_what_fits(allowed, group)})))"
     )
 
 
-def _nearest(allowed: list[int], group: int) -> int:
-    return max((n for n in allowed if n <= group), default=allowed[0])
+def _what_fits(allowed: list[int], group: int) -> str:
+    if not allowed:  # the axis is sliced where no group of it stays whole
+        return "granularity='channel'"
+    return f"group_size={max((n for n in allowed if n <= group), default=allowed[0])}"

@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat, primitives
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.structure import Unstructured
 from jaxquant.passes.events import report_quantized
 from jaxquant.passes.interpreter import Context, Rule, is_weight, register
@@ -33,9 +34,7 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
     side: Literal["lhs", "rhs"] = "lhs" if is_weight(lhs) else "rhs"
     weight, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
     _require_float(x)
-    w, dims = weight.value, ctx.params["dimension_numbers"]
-    if ctx.backward:
-        w = w.replace(act=None)  # a cotangent is no input: it passes as in a gradient from outside
+    w, dims = _without_act(weight.value, ctx), ctx.params["dimension_numbers"]
     kept = ("precision", "preferred_element_type", "out_sharding")
     options = {name: ctx.params[name] for name in kept}
     out = primitives.quantized_dot_general(x, w, dims, weight_side=side, **options)
@@ -51,9 +50,9 @@ def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
     if is_weight(x) or not is_weight(weight):
         raise Unstructured("a weight is the input of a convolution")
     _require_float(x)
-    out = primitives.bind_conv(x, weight.value, **ctx.params)
-    dims = ctx.params["dimension_numbers"]
-    report_quantized(ctx, weight, lambda: primitives.describe_conv(weight.value, dims))
+    w, dims = _without_act(weight.value, ctx), ctx.params["dimension_numbers"]
+    out = primitives.bind_conv(x, w, **ctx.params)
+    report_quantized(ctx, weight, lambda: primitives.describe_conv(w, dims))
     return [_as(out, ctx)]
 
 
@@ -63,9 +62,15 @@ def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
     if is_weight(x) or not is_weight(weight):
         raise Unstructured("a weight is the left side of a ragged dot")
     _require_float(x)
-    out = primitives.bind_ragged_dot(x, weight.value, group_sizes, **ctx.params)
-    report_quantized(ctx, weight, lambda: primitives.describe_ragged_dot(weight.value))
+    w = _without_act(weight.value, ctx)
+    out = primitives.bind_ragged_dot(x, w, group_sizes, **ctx.params)
+    report_quantized(ctx, weight, lambda: primitives.describe_ragged_dot(w))
     return [_as(out, ctx)]
+
+
+def _without_act(w: QTensor, ctx: Context) -> QTensor:
+    """A cotangent is no input: it passes as it would in a gradient taken from outside."""
+    return w.replace(act=None) if ctx.backward else w
 
 
 def _require_float(x: Any) -> None:

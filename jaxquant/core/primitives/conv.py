@@ -1,7 +1,8 @@
 """`quantized_conv_general_dilated`: convolution with a quantized kernel, as a JAX primitive.
 
-The kernel is quantized, the input is not: XLA's integer convolutions run as plain loops on CPU.
-Called by the rewriter's rule for conv_general_dilated.
+The input is quantized only if the kernel's activation scheme says so, which takes a rule that names
+convolutions: XLA's integer convolutions run as plain loops on CPU. Called by the rewriter's rule for
+conv_general_dilated.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from jaxquant.core.primitives.linear import (
     result_dtype,
     unflatten_all,
 )
-from jaxquant.core.primitives.weights import reference_parts
+from jaxquant.core.primitives.weights import act_quant, reference_parts
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.schemes import ActScheme
 from jaxquant.pallas_kernels import reference_conv
+from jaxquant.pallas_kernels.activation import ActQuant
 
 
 def quantized_conv_general_dilated(
@@ -31,8 +34,10 @@ def quantized_conv_general_dilated(
 ) -> jax.Array:
     """`lax.conv_general_dilated(x, w, window_strides, padding, **options)` with a QTensor kernel.
 
-    Activations stay float (`w.act` is not used). A scale per output feature multiplies the
-    output; under any other scale the kernel is dequantized first.
+    A scale per output feature multiplies the output; under any other scale the kernel is
+    dequantized first. What happens to x is the kernel's own business (`w.act`): nothing, or codes
+    with one scale an image ("token"), one in all ("tensor"), or the calibrated `w.input_scale`.
+    Gradients pass that straight through.
 
     Args:
       x: the input, floats.
@@ -45,7 +50,8 @@ def quantized_conv_general_dilated(
       Array of the float convolution's shape and dtype.
 
     Raises:
-      ValueError: shapes do not fit (the message is lax.conv_general_dilated's).
+      ValueError: shapes do not fit (the message is lax.conv_general_dilated's), or a static
+        activation scheme without input_scale.
     """
 
     def float_conv(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -56,20 +62,35 @@ def quantized_conv_general_dilated(
 
 def bind_conv(x: jax.Array, w: QTensor, **params: Any) -> jax.Array:
     """Binds the primitive with the parameters of a `conv_general_dilated` equation."""
-    return bind_linear(quantized_conv_general_dilated_p, x, w, **params)
+    act = w.act and conv_act(w.act, jnp.ndim(x), **params)
+    return bind_linear(quantized_conv_general_dilated_p, x, w, act=act, **params)
+
+
+def conv_act(
+    act: ActScheme, x_ndim: int, *, dimension_numbers: Any, batch_group_count: int, **_: Any
+) -> ActQuant:
+    """The scheme of a recipe for the input of a convolution.
+
+    "token" is an image: windows overlap, so only the batch axis can have scales of its own, and
+    not where groups of the batch make features.
+    """
+    images = () if batch_group_count != 1 else (dimension_numbers.lhs_spec[0],)
+    return act_quant(act, x_ndim, [axis for axis in range(x_ndim) if axis not in images])
 
 
 def _compute(
     x: jax.Array,
     w: QTensor,
     *,
+    act: ActQuant | None,
     preferred_element_type: Any,
     out_sharding: Any = None,
     **params: Any,
 ) -> jax.Array:
     del out_sharding  # the output's aval has it
     dtype = result_dtype(x, w, preferred_element_type)
-    return reference_conv.conv_general_dilated(x, *reference_parts(w), out_dtype=dtype, **params)
+    parts = (*reference_parts(w), w.input_scale)
+    return reference_conv.conv_general_dilated(x, *parts, out_dtype=dtype, act=act, **params)
 
 
 quantized_conv_general_dilated_p = make_linear_primitive(
@@ -82,7 +103,10 @@ def _batch(axis_data: Any, args: Any, dims: Any, *, tree: Any, **params: Any) ->
     x, *leaves = args
     x_dim, *leaf_dims = dims
     alone = all(d is None for d in leaf_dims) and params.get("out_sharding") is None
-    if x_dim is None or not alone or params["batch_group_count"] != 1:
+    act = params["act"]
+    shared = act is not None and not act.static and len(act.reduce_axes) == jnp.ndim(x) - 1
+    # One dynamic scale for all of x is one for each of the mapped ones.
+    if x_dim is None or not alone or params["batch_group_count"] != 1 or shared:
         return _inline_batch(axis_data, args, dims, tree=tree, **params)
     # The mapped axis joins the batch, as its major part.
     numbers = params["dimension_numbers"]
@@ -91,7 +115,7 @@ def _batch(axis_data: Any, args: Any, dims: Any, *, tree: Any, **params: Any) ->
     size, batch = x.shape[into : into + 2]
     x = x.reshape(*x.shape[:into], size * batch, *x.shape[into + 2 :])
     (w,) = unflatten_all(tree, leaves)
-    out = bind_conv(x, w, **params)
+    out = bind_linear(quantized_conv_general_dilated_p, x, w, **params)
     return out.reshape(*out.shape[:out_of], size, batch, *out.shape[out_of + 1 :]), out_of
 
 

@@ -1,6 +1,6 @@
 """What a quantized operation will be on the XLA route, and why: for the plan.
 
-Asks the same `choose_dot` as the lowering, on shapes and dtypes, so a plan cannot differ from what
+Asks the same functions as the lowering, on shapes and dtypes, so a plan cannot differ from what
 runs. Called by `jaxquant.passes`.
 """
 
@@ -15,10 +15,7 @@ from jaxquant.core.primitives.weights import act_quant, reference_dtype
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import choose_dot
-from jaxquant.pallas_kernels.reference_conv import scales_output
-
-_FLOAT_INPUT = "; the input stays float: XLA has no fast integer {op} on every platform"
-
+from jaxquant.pallas_kernels.reference_conv import choose_linear, conv_scales, ragged_scales
 
 def describe_lowering(
     x: Any,
@@ -48,18 +45,20 @@ def describe_lowering(
 
 def describe_conv(w: QTensor, dimension_numbers: lax.ConvDimensionNumbers) -> tuple[str, str]:
     """Name and reason for `quantized_conv_general_dilated`."""
-    note = _FLOAT_INPUT.format(op="convolution") if w.act is not None else ""
-    if scales_output(tuple(w.scale.shape), (dimension_numbers.rhs_spec[0],)):
-        return "xla: float conv on codes", f"one scale per output feature{note}"
-    return "xla: dequantize, then float conv", f"scales vary over what is summed{note}"
+    features = w.shape[dimension_numbers.rhs_spec[0]]
+    scales = conv_scales(tuple(w.scale.shape), dimension_numbers)
+    return _describe_linear("conv", w, w.size // max(features, 1), scales)
 
 
 def describe_ragged_dot(w: QTensor) -> tuple[str, str]:
     """Name and reason for `quantized_ragged_dot` in its plain form."""
-    note = _FLOAT_INPUT.format(op="ragged dot") if w.act is not None else ""
-    if scales_output(tuple(w.scale.shape), (0, 2)):
-        return "xla: float ragged dot on codes", f"scales per expert and output column{note}"
-    return "xla: dequantize, then float ragged dot", f"scales vary over what is summed{note}"
+    return _describe_linear("ragged dot", w, w.shape[1], ragged_scales(tuple(w.scale.shape)))
+
+
+def _describe_linear(op: str, w: QTensor, terms: int, scales: str | None) -> tuple[str, str]:
+    act = w.act and act_quant(w.act, w.ndim, ())
+    choice = choose_linear(reference_dtype(w), terms, scales, w.zero_point is not None, act)
+    return f"xla: {choice.method.value.format(op)}", choice.reason
 
 
 def describe_dequantize(w: QTensor) -> tuple[str, str]:

@@ -1,8 +1,9 @@
-"""The machinery of primitives that only replace a weight: convolution and ragged dot.
+"""The machinery that convolution and ragged dot share.
 
-Their activations stay float, so they are linear in x and need one recipe for everything: the
-float primitive's own typing rule on the float array the weight stands for, and the reference's
-transpose and batching rules. `conv.py` and `ragged.py` call `make_linear_primitive`.
+Without an activation scheme they are linear in x and need one recipe for everything: the float
+primitive's own typing rule on the float array the weight stands for, and the reference's transpose
+and batching rules. With one, gradients pass it straight through. `conv.py` and `ragged.py` call
+`make_linear_primitive`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxquant.core.primitives.weights import (
     refuse_gradient,
 )
 from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels.activation import ActQuant
 
 
 def make_linear_primitive(
@@ -36,8 +38,8 @@ def make_linear_primitive(
     Args:
       name: its name.
       float_primitive: the primitive of `(x, w, *extras)` that it stands for; has the same
-        parameters.
-      compute: `(x, w, *extras, **parameters)` to the result, linear in x.
+        parameters, but for `act`.
+      compute: `(x, w, *extras, act, **parameters)` to the result, linear in x if `act` is None.
       batch_together: vmap gives every operand a leading batch axis before it batches `compute`.
         JAX's ragged dot can be batched in no other way.
 
@@ -50,7 +52,9 @@ def make_linear_primitive(
         w, *extras = unflatten_all(tree, leaves)
         return compute(x, w, *extras, **params)
 
-    def abstract_eval(x: Any, *leaves: Any, tree: Any, **params: Any) -> Any:
+    def abstract_eval(
+        x: Any, *leaves: Any, tree: Any, act: ActQuant | None, **params: Any
+    ) -> Any:
         w, *extras = unflatten_all(tree, leaves)
         return float_primitive.abstract_eval(x, logical_aval(w), *extras, **params)[0]
 
@@ -60,9 +64,12 @@ def make_linear_primitive(
         out = primitive.bind(*primals, tree=tree, **params)
         if not _compat.has_tangent(x_tangent):
             return out, _compat.zero_tangent(out)
+        params["act"] = None
         return out, primitive.bind(x_tangent, *primals[1:], tree=tree, **params)
 
     def transpose(cotangent: Any, x: Any, *leaves: Any, tree: Any, **params: Any) -> list[Any]:
+        if params["act"] is not None:
+            raise TypeError(f"{name} with quantized activations is not linear; take jax.vjp")
         if not _compat.has_tangent(cotangent):
             return [ad.Zero(x.aval)] + [None] * len(leaves)
 
@@ -96,11 +103,23 @@ def make_linear_primitive(
     return primitive
 
 
-def bind_linear(primitive: Any, x: jax.Array, w: QTensor, *extras: Any, **params: Any) -> jax.Array:
-    """Binds a primitive made here."""
-    leaves, tree = jax.tree.flatten((bind_leaves(w), *extras))
+def bind_linear(
+    primitive: Any, x: jax.Array, w: QTensor, *extras: Any, act: ActQuant | None, **params: Any
+) -> jax.Array:
+    """Binds a primitive made here; `act` says what happens to x, whatever the weight says.
+
+    Raises:
+      ValueError: a static activation scheme without input_scale.
+    """
+    static = act is not None and act.static
+    if static and w.input_scale is None:
+        raise ValueError(
+            f"the weight's activation scheme is static ({w.act}), but it has no input_scale: "
+            "quantize with calibration batches, or use a dynamic scheme"
+        )
+    leaves, tree = jax.tree.flatten((bind_leaves(w, keep_input_scale=static), *extras))
     x, *leaves = _compat.match_varying(x, *leaves)
-    return primitive.bind(x, *leaves, tree=tree, **params)
+    return primitive.bind(x, *leaves, tree=tree, act=act, **params)
 
 
 def float_parameters(fn: Callable[..., Any], *operands: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`quantized_ragged_dot`: rows grouped by expert, times quantized experts, as a JAX primitive.
 
-The experts are quantized, the rows are not. Called by the rewriter's rule for
-ragged_dot_general.
+The rows are quantized only if the experts' activation scheme says so, which takes a rule that names
+ragged dots. Called by the rewriter's rule for ragged_dot_general.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from jaxquant.core.primitives.linear import (
     make_linear_primitive,
     result_dtype,
 )
-from jaxquant.core.primitives.weights import reference_parts
+from jaxquant.core.primitives.weights import act_quant, reference_parts
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference_conv
+from jaxquant.pallas_kernels.activation import ActQuant
 
 _PLAIN = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (1,)), ((), ())),
@@ -41,8 +42,10 @@ def quantized_ragged_dot(
 ) -> jax.Array:
     """`lax.ragged_dot_general(x, w, group_sizes)` with quantized experts.
 
-    Activations stay float (`w.act` is not used). In the plain form a scale per expert and output
-    column multiplies the output; otherwise the experts are dequantized first.
+    In the plain form a scale per expert and output column multiplies the output; otherwise the
+    experts are dequantized first. What happens to x is the experts' own business (`w.act`): nothing,
+    or codes with one scale a row ("token", in the plain form only), one in all, or the calibrated
+    `w.input_scale`. Gradients pass that straight through.
 
     Args:
       x: rows, [m, k] in the plain form; the first group_sizes[0] belong to expert 0, and so on.
@@ -57,6 +60,7 @@ def quantized_ragged_dot(
 
     Raises:
       TypeError: shapes or dtypes do not fit (the message is lax.ragged_dot_general's).
+      ValueError: a static activation scheme without input_scale.
     """
 
     def float_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -74,7 +78,11 @@ def quantized_ragged_dot(
 
 def bind_ragged_dot(x: jax.Array, w: QTensor, group_sizes: jax.Array, **params: Any) -> jax.Array:
     """Binds the primitive with the parameters of a `ragged_dot_general` equation."""
-    return bind_linear(quantized_ragged_dot_p, x, w, group_sizes, **params)
+    act = None
+    if w.act is not None:
+        plain = reference_conv.plain_ragged(x, w, group_sizes, params)
+        act = act_quant(w.act, jnp.ndim(x), (1,) if plain else range(jnp.ndim(x)))
+    return bind_linear(quantized_ragged_dot_p, x, w, group_sizes, act=act, **params)
 
 
 def _compute(
@@ -82,6 +90,7 @@ def _compute(
     w: QTensor,
     group_sizes: jax.Array,
     *,
+    act: ActQuant | None,
     preferred_element_type: Any,
     out_sharding: Any = None,
     **params: Any,
@@ -89,8 +98,10 @@ def _compute(
     del out_sharding  # the output's aval has it
     dtype = result_dtype(x, w, preferred_element_type)
     x = x.astype(jnp.promote_types(x.dtype, w.dtype))
-    parts = reference_parts(w)
-    return reference_conv.ragged_dot_general(x, *parts, group_sizes, out_dtype=dtype, **params)
+    parts = (*reference_parts(w), w.input_scale)
+    return reference_conv.ragged_dot_general(
+        x, *parts, group_sizes, out_dtype=dtype, act=act, **params
+    )
 
 
 quantized_ragged_dot_p = make_linear_primitive(

@@ -16,6 +16,7 @@ from jaxquant.core.primitives import (
     quantized_ragged_dot,
 )
 from jaxquant.core.quantize_array import quantize_array
+from jaxquant.core.schemes import ActScheme
 from tests.pallas_kernels import dot_oracle as oracle
 
 
@@ -158,3 +159,107 @@ def test_dequantize_has_no_gradient():
     w = quantize_array(random(0, 8, 4), "int8", (8, 1))
     with pytest.raises(TypeError, match="scale of a quantized weight"):
         jax.grad(lambda s: dequantize(w.replace(scale=s)).sum())(w.scale)
+
+
+# --- quantized inputs ----------------------------------------------------------------------------
+
+
+def rounded(x, axes):
+    """What int8 makes of x, with one scale over these axes, in float64."""
+    x = np.asarray(x, np.float64)
+    scale = np.abs(x).max(axis=axes, keepdims=True) / 127
+    return np.round(x / scale) * scale
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_conv_of_int8_inputs(name, granularity):
+    """Integer products: exact but for the scales. "token" is an image."""
+    x, kernel, block, options = _conv(name)
+    x = x * jnp.arange(1.0, len(x) + 1)[:, None, None, None]
+    act = ActScheme(granularity=granularity)
+    w = quantize_array(kernel, "int8", block).replace(act=act)
+    fn = jax.jit(lambda x: quantized_conv_general_dilated(x, w, **options))
+    images = granularity == "token" and "batch_group_count" not in options
+    floats = rounded(x, (1, 2, 3) if images else None)
+    with jax.enable_x64(True):
+        values = np.asarray(w.codes, np.float64) * np.asarray(w.scale, np.float64)
+        want = np.asarray(lax.conv_general_dilated(floats, values, **options))
+    oracle.assert_close(fn(x), want, 1e-6)
+    hlo = fn.lower(x).as_text()
+    assert "xi8>" in hlo and "xi32>" in hlo
+    without = w.replace(act=None)
+    slope = lambda w: jax.grad(  # noqa: E731
+        lambda x: (quantized_conv_general_dilated(x, w, **options) * random(7, *want.shape)).sum()
+    )
+    close(jax.jit(slope(w))(x), slope(without)(x), 1e-5)  # straight through
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_vmap_of_conv_keeps_the_scales_of_each(granularity):
+    x, kernel, block, options = _conv("strided")
+    w = quantize_array(kernel, "int8", block).replace(act=ActScheme(granularity=granularity))
+    fn = lambda x: quantized_conv_general_dilated(x, w, **options)  # noqa: E731
+    xs = jnp.stack([x, 30 * x, -x[::-1]], 2)
+    got = jax.jit(jax.vmap(fn, 2))(xs)
+    np.testing.assert_array_equal(got, jnp.stack([fn(x), fn(30 * x), fn(-x[::-1])]))
+
+
+def test_static_inputs_of_conv_and_ragged_dot():
+    act = ActScheme(mode="static")
+    x, kernel, block, options = _conv("dilated")
+    w = quantize_array(kernel, "int8", block).replace(act=act)
+    scale = jnp.full((1, 1, 1, 1), 0.01)
+    got = quantized_conv_general_dilated(x, w.replace(input_scale=scale), **options)
+    clipped = jnp.clip(jnp.round(x / 0.01), -127, 127) * 0.01
+    close(got, lax.conv_general_dilated(clipped, dequantize(w), **options))
+    with pytest.raises(ValueError, match="no input_scale"):
+        quantized_conv_general_dilated(x, w, **options)
+    many = w.replace(input_scale=jnp.ones((1, 1, 1, 8)))
+    with pytest.raises(ValueError, match="one static scale"):
+        quantized_conv_general_dilated(x, many, **options)
+
+    rows, sizes = random(0, 10, 8), jnp.array([3, 0, 5], jnp.int32)
+    experts = quantize_array(random(1, 3, 8, 6), "int8", (1, 8, 1)).replace(act=act)
+    got = quantized_ragged_dot(rows, experts.replace(input_scale=scale[0]), sizes)
+    clipped = jnp.clip(jnp.round(rows / 0.01), -127, 127) * 0.01
+    close(got, lax.ragged_dot(clipped, dequantize(experts), sizes))
+
+
+@pytest.mark.parametrize(
+    ("qtype", "options", "lowering"),
+    [
+        ("int8", {}, "xla: int8 conv"),
+        ("int4", {}, "xla: int8 conv"),
+        ("int8", {"symmetric": False}, "xla: float conv on codes"),
+        ("nf4", {}, "xla: float conv on codes"),
+        ("float8_e4m3", {}, "xla: float conv on codes"),
+        ("group", {}, "xla: dequantize, then float conv"),
+    ],
+)
+def test_inputs_are_rounded_whatever_the_codes_are(qtype, options, lowering):
+    x, kernel, block, params = _conv("same")
+    if qtype == "group":
+        qtype, block = "int8", (3, 3, 2, 1)
+    w = quantize_array(kernel, qtype, block, **options).replace(act=ActScheme())
+    numbers = lax.conv_dimension_numbers(x.shape, w.shape, params["dimension_numbers"])
+    assert describe_conv(w, numbers)[0] == lowering
+    got = quantized_conv_general_dilated(x, w, **params)
+    floats = jnp.asarray(rounded(x, (1, 2, 3)), jnp.float32)
+    close(got, lax.conv_general_dilated(floats, w.dequantize(), **params))
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 2, 5), (1, 2, 3, 0)])
+def test_ragged_dot_of_int8_rows(sizes):
+    x, experts = random(0, 10, 8) * jnp.arange(1.0, 11)[:, None], random(1, 4, 8, 6)
+    w = quantize_array(experts, "int8", (1, 8, 1)).replace(act=ActScheme())
+    sizes = jnp.asarray(sizes, jnp.int32)
+    fn = jax.jit(lambda x: quantized_ragged_dot(x, w, sizes))
+    close(fn(x), lax.ragged_dot(jnp.asarray(rounded(x, (1,)), jnp.float32), dequantize(w), sizes))
+    hlo = fn.lower(x).as_text()
+    assert "xi8>" in hlo and "xi32>" in hlo
+    assert describe_ragged_dot(w)[0] == "xla: int8 ragged dot"
+    plain = lambda x: quantized_ragged_dot(x, w.replace(act=None), sizes).sum()  # noqa: E731
+    close(jax.grad(lambda x: fn(x).sum())(x), jax.grad(plain)(x))
+    xs = jnp.stack([x, -2 * x])
+    close(jax.jit(jax.vmap(fn))(xs), jnp.stack([fn(x), fn(-2 * x)]))
