@@ -142,7 +142,7 @@ def check(case: Program, seed: int = 0) -> Outcome:
     uses = find_weights(traced)
     assignment = _assign(case, traced, uses)
     plan = make_plan(traced, assignment)
-    tree, floats, paths = dict(params), dict(params), [p.path for p in assignment.quantized]
+    tree, floats = dict(params), dict(params)
     for p in assignment.quantized:
         tree[p.path], floats[p.path] = _quantize(params[p.path], p)
 
@@ -156,7 +156,7 @@ def check(case: Program, seed: int = 0) -> Outcome:
     assert _text(after) == _text(again), "the same program twice gives two jaxprs"
     _check_effects(traced.jaxpr, after)
 
-    with quantized_activations(paths if case.act else ()):
+    with quantized_activations(p.path for p in assignment.quantized if p.act is not None):
         oracle = jax.make_jaxpr(case.fn)(floats, x, given)
 
     def both(quantized: Any, floats: Any) -> Any:
