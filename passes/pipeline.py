@@ -16,6 +16,7 @@ from jaxquant.passes.events import Event
 from jaxquant.passes.insert_scales import InsertScales
 from jaxquant.passes.pass_manager import Pass
 from jaxquant.passes.program import Program
+from jaxquant.passes.share_activation_quant import ShareActivationQuant
 
 
 def quantizing_passes(
@@ -31,7 +32,10 @@ def quantizing_passes(
       strict: raise `StrictError` where a weight would be dequantized.
       on_event: called with every decision about a weight.
     """
-    return (InsertScales(weights, strict=strict, on_event=on_event),)
+    return (
+        InsertScales(weights, strict=strict, on_event=on_event),
+        ShareActivationQuant(),
+    )
 
 
 def evaluate(program: Program, inputs: Sequence[Any]) -> list[Any]:
