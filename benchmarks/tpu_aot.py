@@ -1,0 +1,269 @@
+"""What the TPU compiler says about a program, without a TPU: cycles, spills, units, VMEM.
+
+`measure(jobs, chip)` compiles programs ahead of time with libtpu in processes of their own, one
+flag setting each, and reads what the compiler dumps. Called by `benchmarks.tpu_static` and by the
+tests. Nothing here is a measurement on hardware: cycles are the compiler's static estimate, which
+is optimistic about memory. v4 has no cycle estimate, and on some kernels the estimator aborts;
+there the schedule's bundles times the grid's steps stand in (`Static.source` says so).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import glob
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxquant.pallas_kernels.tpu.chips import CHIPS
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+UNITS = ("MATMUL", "MATPUSH", "XLU", "VALU", "EUP", "VLOAD", "VSTORE", "SALU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One program to compile.
+
+    Attributes:
+      name: how the result is found again.
+      maker: "module:function"; called with `arguments`, returns `(fn, avals)`, or
+        `(fn, avals, steps)` with the steps of the kernel's grid.
+      arguments: keyword arguments, plain JSON.
+    """
+
+    name: str
+    maker: str
+    arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """The compiler's account of one program.
+
+    Attributes:
+      name: the job's.
+      chip: for which chip.
+      error: what the compiler said if it refused, else None.
+      cycles: estimated cycles of all operations together; None without an estimate.
+      source: "estimate" or "bundles x steps".
+      operations: estimated cycles by operation.
+      bundles: instructions of the largest operation's schedule: one step of a kernel's grid, with
+        what surrounds it.
+      units: busy slots of each unit over its slots a bundle, in bundles.
+      spills: stores and loads of spilled registers in the largest operation.
+      vmem: VMEM bytes of the kernels; 0 without any.
+      hbm_bytes: bytes the program accesses by the compiler's cost analysis.
+      temporaries: HBM bytes of intermediate results.
+    """
+
+    name: str
+    chip: str
+    error: str | None = None
+    cycles: int | None = None
+    source: str = "estimate"
+    operations: dict[str, int] = dataclasses.field(default_factory=dict)
+    bundles: int = 0
+    units: dict[str, float] = dataclasses.field(default_factory=dict)
+    spills: int = 0
+    vmem: int = 0
+    hbm_bytes: int = 0
+    temporaries: int = 0
+
+
+def available() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def measure(jobs: Sequence[Job], chip: str, *, profile: bool = True) -> dict[str, Static]:
+    """Compiles every job for a chip, all in one process unless the compiler aborts.
+
+    Args:
+      jobs: what to compile; names must differ.
+      chip: a key of `CHIPS`.
+      profile: ask for cycle estimates; where that aborts the process, the rest goes on in another
+        one, and the job at fault is compiled again without them.
+
+    Returns:
+      Results by name, also for programs that do not compile.
+
+    Raises:
+      RuntimeError: the process ended without saying which job was at fault.
+    """
+    if len({job.name for job in jobs}) != len(jobs):
+        raise ValueError("jobs must have different names")
+    profile = profile and chip != "v4"  # "only supported on" later chips, says libtpu
+    results: dict[str, Static] = {}
+    left = list(jobs)
+    while left:
+        got, log = _run(left, chip, profile)
+        results |= got
+        done, left = left, [job for job in left if job.name not in got]
+        if not left:
+            break
+        if not profile:
+            raise RuntimeError(f"the compiler ended on {left[0]} for {chip}: {log[-2000:]}")
+        if len(left) == len(done) or left[0].name not in results:
+            culprit, left = left[0], left[1:]
+            results |= measure([culprit], chip, profile=False)
+    return results
+
+
+def _run(jobs: Sequence[Job], chip: str, profile: bool) -> tuple[dict[str, Static], str]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.jsonl"
+        listing = Path(folder) / "jobs.json"
+        listing.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
+        flags = [f"--xla_jf_dump_to={folder}/dump", "--xla_jf_dump_llo_text=true"]
+        flags.append("--xla_jf_dump_llo_pass_label_regex=.*per-bundle.*")
+        if profile:
+            flags.append(f"--xla_jf_dump_static_llo_profile_to={folder}/profile")
+        environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": " ".join(flags)}
+        environment.pop("XLA_FLAGS", None)
+        command = (sys.executable, "-m", "benchmarks.tpu_aot", chip, str(listing), str(out), folder)
+        root = Path(__file__).resolve().parent.parent
+        done = subprocess.run(
+            command, env=environment, cwd=root, capture_output=True, text=True, check=False
+        )
+        lines = out.read_text().splitlines() if out.exists() else []
+    results = [Static(**json.loads(line)) for line in lines]
+    return {r.name: r for r in results}, done.stderr
+
+
+def _work(chip: str, listing: str, out: str, folder: str) -> None:
+    """In the child: compiles each job and appends a line of JSON."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
+    for item in json.loads(Path(listing).read_text()):
+        job = Job(**item)
+        for stale in glob.glob(f"{folder}/dump/*") + glob.glob(f"{folder}/profile/*"):
+            os.remove(stale)
+        module, _, function = job.maker.partition(":")
+        fn, avals, *steps = getattr(importlib.import_module(module), function)(**job.arguments)
+        try:
+            compiled = compile_for(fn, avals, topology.devices[0])
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is the result)
+            result = Static(job.name, chip, error=f"{type(error).__name__}: {error}"[:2000])
+        else:
+            result = _read(job.name, chip, compiled, folder, math.prod(steps))
+        with open(out, "a") as file:
+            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+
+
+def compile_for(fn: Any, avals: Any, device: Any) -> Any:
+    """`fn` compiled for a device that need not be there.
+
+    Args:
+      fn: function of arrays.
+      avals: its arguments, ShapeDtypeStructs in any tree.
+      device: of a topology description.
+
+    Returns:
+      The compiled program.
+    """
+    import jax
+
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), avals)
+    with on_tpu(device.device_kind, getattr(device, "num_cores", 1)):
+        lowered = jax.jit(fn).trace(*avals).lower(lowering_platforms=("tpu",))
+    return lowered.compile()
+
+
+@contextlib.contextmanager
+def on_tpu(device_kind: str, num_cores: int = 1) -> Any:
+    """Within it, kernels are traced for this kind of device."""
+    import jax
+
+    device = jax.sharding.AbstractDevice(
+        device_kind=device_kind, num_cores=num_cores, platform="tpu"
+    )
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+def _read(name: str, chip: str, compiled: Any, folder: str, steps: int) -> Static:
+    operations: dict[str, int] = {}
+    for path in glob.glob(f"{folder}/profile/*.textproto"):
+        text = Path(path).read_text()
+        for op, cycles in re.findall(r'hlo_op_name: "(.*?)"\s+estimated_cycles: (\d+)', text):
+            operations[op] = operations.get(op, 0) + int(cycles)
+    bundles, units, spills = _largest_schedule(folder)
+    estimated = sum(operations.values()) if operations else None
+    source = "estimate"
+    if estimated is None and bundles:
+        estimated, source = bundles * steps, "bundles x steps"
+    text = compiled.as_text()
+    vmem = [
+        int(size)
+        for part in re.findall(r"used_scoped_memory_configs\D{0,8}(\[[^\]]*\])", text)
+        for size in re.findall(r'"size":"?(\d+)', part)
+    ]
+    cost = compiled.cost_analysis() or {}
+    cost = cost[0] if isinstance(cost, list) else cost
+    memory = compiled.memory_analysis()
+    return Static(
+        name,
+        chip,
+        cycles=estimated,
+        source=source,
+        operations=operations,
+        bundles=bundles,
+        units=units,
+        spills=spills,
+        vmem=max(vmem, default=0),
+        hbm_bytes=int(cost.get("bytes accessed", 0)),
+        temporaries=int(memory.temp_size_in_bytes) if memory is not None else 0,
+    )
+
+
+def _largest_schedule(folder: str) -> tuple[int, dict[str, float], int]:
+    """Bundles, unit use and spills of the operation with the longest schedule."""
+    best: tuple[int, dict[str, float], int] = (0, {}, 0)
+    for path in glob.glob(f"{folder}/dump/*final_hlo-static-per-bundle-utilization.txt"):
+        if "<late-" in path or "-TLP-" in path:  # what surrounds the program
+            continue
+        lines = Path(path).read_text().splitlines()
+        at = lines.index("== UTILIZATION:")
+        names = [n.strip() for n in lines[at - 2].split(",")]
+        slots = dict(zip(names, map(int, lines[at - 1].split()), strict=True))
+        rows = [list(map(int, line.split())) for line in lines[at + 1 :] if line.strip()]
+        if len(rows) <= best[0]:
+            continue
+        sums = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
+        units = {n: round(sums[n] / max(slots[n], 1), 1) for n in UNITS if n in sums}
+        best = len(rows), units, sums.get("VSTORE:SPILL", 0) + sums.get("VLOAD:FILL", 0)
+    return best
+
+
+def main() -> None:
+    """The child process; see `measure`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("chip", "listing", "out", "folder"):
+        parser.add_argument(name)
+    arguments = parser.parse_args()
+    _work(arguments.chip, arguments.listing, arguments.out, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

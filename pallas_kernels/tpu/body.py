@@ -1,0 +1,327 @@
+"""The body of the matmul kernel: one block of x times one block of codes.
+
+Called by Pallas for each (i, j, k) of the grid that `tpu.matmul` sets up. `_prepare` lays x out as
+the reading of the codes wants it and sums its rows where zero points need that; one of `_end`,
+`_after`, `_before` multiplies; `tpu.epilogue` finishes. What varies is static: the problem and its
+config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxquant.pallas_kernels.tpu import reading
+from jaxquant.pallas_kernels.tpu.chunks import Chunks
+from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
+from jaxquant.pallas_kernels.tpu.problem import MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
+
+Refs = dict[str, Any]
+
+# Chunks of x are laid out in batches of so many rows: one push of the permutation serves them all.
+_ROWS_TOGETHER = 128
+# "after" sums strips of so many elements at a time: 16 of the 64 registers.
+_SUMS_IN_REGISTERS = 16 * 1024
+_OVER_COLUMNS = ("codes", "scale", "zero_point", "bias", "gate", "residual", "out", "acc")
+
+
+def needs_sums(problem: MatmulProblem, config: MatmulConfig) -> bool:
+    """Whether sums over x's rows correct the product: for zero points, or an offset of codes."""
+    return config.scale != "before" and (problem.zero_point or config.reading == "bits")
+
+
+def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, Any]:
+    """The VMEM that a kernel keeps for itself, by the names that `matmul_body` knows."""
+    c, cut = config, Chunks.make(problem, config)
+    shapes: dict[str, Any] = {}
+    if c.bk != problem.k:
+        whole = c.operand == "int8" and c.scale == "end"
+        shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
+    rows = cut.count * cut.stack * c.bm
+    if c.reading == "bits" or cut.stack > 1:
+        shapes["laid_out"] = pltpu.VMEM((rows, cut.size), jnp.dtype(c.operand))
+    if needs_sums(problem, c):
+        shapes["sums"] = pltpu.VMEM((c.bm if c.scale == "end" else rows, LANES), jnp.float32)
+    if problem.codes == "int3":
+        shapes["words"] = pltpu.VMEM((c.bn // LANES * (3 * c.bk // 32), LANES), jnp.uint32)
+    return shapes
+
+
+def matmul_body(refs: Refs, problem: MatmulProblem, config: MatmulConfig) -> None:
+    """One step of the grid.
+
+    Args:
+      refs: references by name. Inputs: x [bm, bk], codes, scale [groups, bn]; perhaps zero_point
+        (as scale), table [8, 128], x_scale [bm, 1], bias [1, bn], gate and residual [bm, bn].
+        Output: out [bm, bn]. Scratch: as `scratch_shapes` says.
+      problem: the whole product.
+      config: blocks and order.
+    """
+    cut = Chunks.make(problem, config)
+    step = pl.program_id(2)
+    if "laid_out" in refs or "sums" in refs:
+        # What is laid out stays in its scratch for all columns, if one core sees them in turn.
+        once = cut.size * cut.count == problem.k and not config.parallel
+
+        @pl.when(pl.program_id(1) == 0 if once else step >= 0)
+        def _() -> None:
+            _prepare(refs, problem, config, cut, step)
+
+    width = _strip_width(config, cut)
+    for start in range(0, config.bn, width):
+        strip = dataclasses.replace(config, bn=min(width, config.bn - start))
+        _multiply_strip(_columns(refs, start, strip.bn), problem, strip, cut, step)
+
+
+def _strip_width(config: MatmulConfig, cut: Chunks) -> int:
+    """Columns whose sums fit in registers beside the rest: partial sums of groups stay there."""
+    if config.scale != "after":
+        return config.bn
+    width = max(2 * LANES, _SUMS_IN_REGISTERS // (config.bm * cut.stack) // LANES * LANES)
+    return min(config.bn, width)
+
+
+def _columns(refs: Refs, start: int, width: int) -> Refs:
+    """The same references, those over columns narrowed to a strip of them."""
+    own = dict(refs)
+    for name in _OVER_COLUMNS:
+        if name in own:
+            own[name] = own[name].at[:, start : start + width]
+    return own
+
+
+def _multiply_strip(
+    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
+) -> None:
+    if "words" in refs:
+        words = pltpu.bitcast(refs["codes"][...], jnp.uint32)
+        rows = words.shape[0]
+        for c in range(config.bn // LANES):
+            refs["words"][c * rows : (c + 1) * rows, :] = words[:, c * LANES : (c + 1) * LANES]
+    if config.scale == "end":
+        total = _end(refs, problem, config, cut)
+    elif config.scale == "after":
+        total = _after(refs, problem, config, cut, step)
+    else:
+        total = _before(refs, problem, config, cut, step)
+    if "acc" not in refs:
+        refs["out"][...] = finish(total, refs, problem, config)
+        return
+    _add(refs["acc"], total, step)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _() -> None:
+        refs["out"][...] = finish(refs["acc"][...], refs, problem, config)
+
+
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """[m, k] x [k, n] with int32 sums of integers, else float32."""
+    sums = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=sums)
+
+
+def _prepare(
+    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
+) -> None:
+    """Fills the scratch `laid_out` and `sums`: rows of chunk c, group g begin at (c stack + g) bm.
+
+    Permuting columns and summing rows are one product on the matrix units, with a permutation
+    beside columns of ones; the matrix units are idle while codes are being unpacked.
+    """
+    bits, bm, size = config.reading == "bits", config.bm, cut.size
+    sides = [reading.permutation(problem.codes, size)] if bits else []
+    if "sums" in refs:
+        sides += [_ones_of_group(cut, g) for g in range(cut.stack)]
+    side = jnp.concatenate(sides, axis=1).astype(config.operand) if sides else None
+    batch = max(1, _ROWS_TOGETHER // bm)
+    totals = None
+    for first in range(0, cut.count, batch):
+        chunks = range(first, min(first + batch, cut.count))
+        parts = [refs["x"][:, c * size : (c + 1) * size].astype(config.operand) for c in chunks]
+        x, y = jnp.concatenate(parts, axis=0), None
+        if side is not None:
+            y = dot(x, side).astype(jnp.float32)
+        if bits:
+            x, y = y[:, :size].astype(config.operand), y[:, size:]
+        for i, c in enumerate(chunks):
+            own = slice(i * bm, (i + 1) * bm)
+            for g in range(cut.stack):
+                rows = pl.ds((c * cut.stack + g) * bm, bm)
+                if "laid_out" in refs:
+                    refs["laid_out"][rows, :] = _group_only(x[own], g, problem, cut, bits)
+                if "sums" not in refs:
+                    continue
+                sums = y[own, g * LANES : (g + 1) * LANES]
+                if config.scale == "after":
+                    refs["sums"][rows, :] = sums
+                else:
+                    totals = sums if totals is None else totals + sums
+    if totals is not None:
+        _add(refs["sums"], totals, step)
+
+
+def _ones_of_group(cut: Chunks, group: int) -> jax.Array:
+    """float32 [size, 128]: ones in the stored rows of one of the chunk's groups."""
+    row = lax.broadcasted_iota(jnp.int32, (cut.size, LANES), 0)
+    return (row // (cut.size // cut.stack) == group).astype(jnp.float32)
+
+
+def _group_only(
+    x: jax.Array, group: int, problem: MatmulProblem, cut: Chunks, bits: bool
+) -> jax.Array:
+    """X with zeros outside one of the chunk's groups."""
+    if cut.stack == 1:
+        return x
+    position = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    row = reading.source_row(problem.codes, position) if bits else position
+    mask = (row // problem.group == group).astype(jnp.float32)
+    return (x.astype(jnp.float32) * mask).astype(x.dtype)
+
+
+def _add(ref: Any, value: jax.Array, step: Any) -> None:
+    @pl.when(step == 0)
+    def _() -> None:
+        ref[...] = jnp.zeros_like(ref)
+
+    ref[...] += value  # one use of the sums: the compiler adds while it multiplies
+
+
+def _x_chunk(refs: Refs, config: MatmulConfig, cut: Chunks, chunk: int) -> jax.Array:
+    """X of one chunk, laid out: [stack * bm, size]."""
+    rows = cut.stack * config.bm
+    if "laid_out" in refs:
+        return refs["laid_out"][chunk * rows : (chunk + 1) * rows, :]
+    return refs["x"][:, chunk * cut.size : (chunk + 1) * cut.size].astype(config.operand)
+
+
+def _operand(
+    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, chunk: int
+) -> jax.Array:
+    """The codes of one chunk as an operand: [size, bn], in the order of the reading."""
+    if problem.codes == "int3":
+        words = 3 * config.bk // 32
+        strip = refs["words"].at[: config.bn // LANES * words, :]
+        return reading.operand_from_triples(strip, words, chunk)
+    start, size = chunk * cut.size, cut.size
+    if config.reading == "bits":
+        per_row = 1 if problem.codes == "int4" else 4
+        block = refs["codes"][start // per_row : (start + size) // per_row, :]
+        words = reading.read_words(problem.codes, block)
+        return reading.operand_from_words(problem.codes, words, size // BITS[problem.codes].unit)
+    block = refs["codes"][start : start + size, :]
+    if config.reading == "gather":
+        return reading.look_up(block, refs["table"]).astype(config.operand)
+    return block.astype(config.operand)
+
+
+def _end(refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks) -> jax.Array:
+    total = None
+    for c in range(cut.count):
+        part = dot(_x_chunk(refs, config, cut, c), _operand(refs, problem, config, cut, c))
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _after(
+    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
+) -> jax.Array:
+    bm, total = config.bm, None
+    first = step * config.bk // problem.group
+    for c in range(0, cut.count, cut.per_group):
+        part = sums = None
+        for i in range(c, c + cut.per_group):
+            more = dot(_x_chunk(refs, config, cut, i), _operand(refs, problem, config, cut, i))
+            part = more if part is None else part + more
+            if "sums" in refs:
+                rows = cut.stack * bm
+                more = refs["sums"][i * rows : (i + 1) * rows, :]
+                sums = more if sums is None else sums + more
+        assert part is not None
+        for g in range(cut.stack):
+            row = pl.ds(first + c // cut.per_group * cut.stack + g, 1)
+            own = part[g * bm : (g + 1) * bm, :].astype(jnp.float32)
+            if sums is not None:
+                zero = zero_rows(refs, problem, config, row)
+                own = own - widen(sums[g * bm : (g + 1) * bm, :], config.bn) * zero
+            own = own * scale_rows(refs, problem, config, row)
+            total = own if total is None else total + own
+    assert total is not None
+    return total
+
+
+def _rows_of_block(
+    problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
+) -> list[Any]:
+    """Where a block's scales are: in whole tiles if they fill some, else row by row."""
+    if config.bk == problem.k:
+        return [pl.ds(0, problem.groups)]
+    if cut.groups % 8 == 0:
+        return [pl.ds(pl.multiple_of(step * cut.groups, 8), cut.groups)]
+    first = step * config.bk // problem.group
+    return [pl.ds(first + g, 1) for g in range(cut.groups)]
+
+
+def _before(
+    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
+) -> jax.Array:
+    rows = _rows_of_block(problem, config, cut, step)
+    scale = _stacked([scale_rows(refs, problem, config, r) for r in rows])
+    zero = None
+    if problem.zero_point or config.reading == "bits":
+        zero = _stacked([zero_rows(refs, problem, config, r) for r in rows])
+    total = None
+    for c in range(cut.count):
+        w = _float_codes(refs, problem, config, cut, c)
+        if zero is not None:
+            w = w - _spread(zero, problem, config, cut, c)
+        w = (w * _spread(scale, problem, config, cut, c)).astype(config.operand)
+        part = dot(_x_chunk(refs, config, cut, c), w)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _stacked(rows: list[Any]) -> Any:
+    return rows[0] if len(rows) == 1 or isinstance(rows[0], float) else jnp.concatenate(rows)
+
+
+def _float_codes(
+    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, chunk: int
+) -> jax.Array:
+    """The codes of one chunk as float32 [size, bn], in the order of the reading."""
+    if config.reading == "cast":
+        return refs["codes"][chunk * cut.size : (chunk + 1) * cut.size, :].astype(jnp.float32)
+    if config.reading == "gather":
+        block = refs["codes"][chunk * cut.size : (chunk + 1) * cut.size, :]
+        return reading.look_up(block, refs["table"])
+    return _operand(refs, problem, config, cut, chunk).astype(jnp.float32)
+
+
+def _spread(
+    part: Any, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, chunk: int
+) -> Any:
+    """Scales or zero points of a block [groups, bn] over the rows of one chunk."""
+    if isinstance(part, float) or part.shape[0] == 1:
+        return part
+    groups, size = cut.size // problem.group, cut.size
+    if groups <= 1:
+        at = chunk * size // problem.group
+        return part[at : at + 1, :]
+    own = part[chunk * groups : (chunk + 1) * groups, :]
+    if config.reading != "bits":
+        spread = jnp.broadcast_to(own[:, None, :], (groups, problem.group, own.shape[1]))
+        return spread.reshape(size, own.shape[1])
+    row = lax.broadcasted_iota(jnp.int32, (size, own.shape[1]), 0)
+    group = reading.source_row(problem.codes, row) // problem.group
+    out = jnp.broadcast_to(own[:1, :], (size, own.shape[1]))
+    for g in range(1, groups):
+        out = jnp.where(group == g, own[g : g + 1, :], out)
+    return out

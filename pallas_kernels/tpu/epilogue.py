@@ -1,0 +1,77 @@
+"""What follows the sums of a product: scales, zero points, bias, gate, residual.
+
+Used by the bodies of this package, on values; everything is in float32 until the last cast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxquant.pallas_kernels.tpu.problem import MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
+
+
+def finish(
+    total: jax.Array, refs: dict[str, Any], problem: MatmulProblem, config: MatmulConfig
+) -> jax.Array:
+    """`act(total)` in the result's dtype.
+
+    In this order: zero point and scale of the column (if scales come at the end), the row's scale,
+    bias, times silu(gate), plus residual.
+
+    Args:
+      total: sums [bm, bn], float32 or int32.
+      refs: the body's references.
+      problem: says which of them there are.
+      config: says whether scales come at the end.
+
+    Returns:
+      [bm, bn].
+    """
+    out = total.astype(jnp.float32)
+    if config.scale == "end":
+        row = pl.ds(0, 1)
+        if "sums" in refs:
+            out = out - widen(refs["sums"][...], config.bn) * zero_rows(refs, problem, config, row)
+        out = out * scale_rows(refs, problem, config, row)
+    if problem.x_scale:
+        out = out * refs["x_scale"][...]
+    if problem.bias:
+        out = out + refs["bias"][...].astype(jnp.float32)
+    if problem.gate:
+        gate = refs["gate"][...].astype(jnp.float32)
+        out = out * (gate / (1.0 + jnp.exp(-gate)))
+    if problem.residual:
+        out = out + refs["residual"][...].astype(jnp.float32)
+    return out.astype(problem.out_dtype)
+
+
+def scale_rows(
+    refs: dict[str, Any], problem: MatmulProblem, config: MatmulConfig, rows: Any
+) -> jax.Array:
+    """float32 scales of these rows [rows, bn], for operands as the reading leaves them."""
+    scale = refs["scale"][rows, :].astype(jnp.float32)
+    step = BITS[problem.codes].step if config.reading == "bits" else 1
+    return scale * step if step != 1 else scale
+
+
+def zero_rows(refs: dict[str, Any], problem: MatmulProblem, config: MatmulConfig, rows: Any) -> Any:
+    """What must be subtracted from the operand: zero points [rows, bn], or one number."""
+    zero: Any = refs["zero_point"][rows, :].astype(jnp.float32) if problem.zero_point else 0.0
+    if config.reading == "bits":
+        layout = BITS[problem.codes]
+        zero = zero / layout.step + layout.offset
+    return zero
+
+
+def widen(lanes: jax.Array, columns: int) -> jax.Array:
+    """[rows, 128] with equal lanes to [rows, columns]."""
+    if columns <= LANES:
+        return lanes[:, :columns]
+    if columns % LANES:
+        return jnp.broadcast_to(lanes[:, :1], (lanes.shape[0], columns))
+    return jnp.concatenate([lanes] * (columns // LANES), axis=1)

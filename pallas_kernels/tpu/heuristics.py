@@ -1,0 +1,180 @@
+"""Which config a product gets on a chip: rules, and a table where one was measured to be better.
+
+`choose_config` is asked by dispatch and by the benchmarks. The rules follow from the compiler's
+static schedules (docs/tpu.md has the figures):
+
+* One scale a column: on the output. Groups, few rows: after each group's dot, since scaling
+  partial sums costs rows and scaling the weight costs the weight. Groups, many rows: before.
+* Without vector arithmetic on bfloat16 (v4, v5e, v5p) the compiler's int4 conversion is what
+  bounds a product of few rows; reading bits is not.
+* Few rows stream the weight: about 2 MiB of codes a step hide the fixed cost of a step, and the
+  first block, which nothing hides, is still short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jaxquant.pallas_kernels.tpu.chips import Chip
+from jaxquant.pallas_kernels.tpu.problem import (
+    PACKED,
+    STORAGE,
+    MatmulConfig,
+    MatmulProblem,
+    Reading,
+    ScaleTime,
+    vmem_bytes,
+)
+from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
+from jaxquant.pallas_kernels.tpu.tuned import TUNED
+
+# Up to this many rows x stays whole and the weight streams.
+DECODE_ROWS = 64
+# "after" pays up to this many rows with float operands, and on 256-wide matrix units with int8.
+AFTER_ROWS = 128
+_STEP_BYTES = 2 * 2**20
+_MIB = 2**20
+
+
+class Unsupported(ValueError):
+    """No kernel does this product; the message is the reason."""
+
+
+def choose_config(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
+    """The config for a product on a chip.
+
+    Args:
+      problem: the product.
+      chip: where it runs.
+
+    Returns:
+      A config that fits the chip's VMEM.
+
+    Raises:
+      Unsupported: no config fits; says why.
+    """
+    _check_supported(problem)
+    operand = _operand(problem, chip)
+    scale = _scale_time(problem, chip, operand)
+    if scale == "before" and operand == "int8":
+        operand = "bfloat16"
+    reading = _reading(problem, chip, operand, scale)
+    tuned = TUNED.get((chip.name, problem.codes, problem.x_dtype, scale, _row_class(problem.m)))
+    for target in (*(() if tuned is None else (tuned,)), *_targets(problem, chip, scale)):
+        config = _fit(problem, chip, MatmulConfig(*target, scale, reading, operand))
+        if config is not None:
+            return config
+    raise Unsupported(f"no blocks of {problem} fit the {chip.vmem_bytes >> 20} MiB of {chip.name}")
+
+
+def _check_supported(problem: MatmulProblem) -> None:
+    p = problem
+    if p.codes == "table4" and p.m <= DECODE_ROWS:
+        raise Unsupported(
+            f"a table lookup for {p.m} rows takes longer than bfloat16 weights; it pays from"
+            f" {DECODE_ROWS + 1} rows on"
+        )
+    if p.groups > 1 and p.group % 32:
+        raise Unsupported(f"groups of {p.group} are no multiple of 32")
+    granule = _granule(p)
+    if p.codes in PACKED and (p.k % granule or p.n % LANES):
+        raise Unsupported(
+            f"packed {p.codes} codes need k (now {p.k}) in multiples of {granule} and n (now"
+            f" {p.n}) in multiples of {LANES}"
+        )
+    if p.codes == "table4" and p.n % LANES:
+        raise Unsupported(f"table lookups need n (now {p.n}) in multiples of {LANES}")
+
+
+def _operand(problem: MatmulProblem, chip: Chip) -> str:
+    integers = problem.x_dtype == "int8" and problem.codes in ("int8", "int4")
+    if integers and "int8" in chip.mxu_dtypes:
+        return "int8"
+    floats = problem.x_dtype.startswith("float8") and problem.codes == problem.x_dtype
+    if floats and "float8" in chip.mxu_dtypes:
+        return problem.x_dtype
+    return "bfloat16"
+
+
+def _scale_time(problem: MatmulProblem, chip: Chip, operand: str) -> ScaleTime:
+    if problem.groups == 1:
+        return "end"
+    if operand == "int8" and not chip.has_bf16_vpu and problem.group >= LANES:
+        return "after"  # integer dots are worth more than the scaling of partial sums
+    return "after" if problem.m <= AFTER_ROWS else "before"
+
+
+def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime) -> Reading:
+    p = problem
+    if p.codes == "table4":
+        return "gather"
+    if p.codes in PACKED:
+        return "bits"
+    fits = p.k % LANES == 0 and (p.groups == 1 or LANES % p.group == 0 or p.group % LANES == 0)
+    pays = not chip.has_bf16_vpu and p.m <= DECODE_ROWS // 2 and scale != "before"
+    return "bits" if p.codes == "int4" and operand == "bfloat16" and fits and pays else "cast"
+
+
+def _granule(problem: MatmulProblem) -> int:
+    """A block's contracted values are a multiple of this, or all of them."""
+    base = LANES
+    if problem.codes in BITS:
+        base = max(base, BITS[problem.codes].unit)
+    return base if problem.groups == 1 else math.lcm(base, problem.group)
+
+
+def _row_class(m: int) -> str:
+    return "decode" if m <= DECODE_ROWS else "prefill"
+
+
+def _targets(
+    problem: MatmulProblem, chip: Chip, scale: ScaleTime
+) -> tuple[tuple[int, int, int], ...]:
+    """Blocks (bm, bn, bk) to try, best first; `_fit` cuts them to the product's size."""
+    if problem.m <= DECODE_ROWS:
+        columns = 8 * _STEP_BYTES // STORAGE[problem.codes][1] // min(problem.k, 4096)
+        columns = min(max(columns // 256 * 256, 256), 1024)
+        return (problem.m, columns, 4096), (problem.m, 256, 2048), (problem.m, 128, 1024)
+    if chip.vmem_bytes <= 16 * _MIB:
+        return (256, 512, 512), (128, 256, 512), (64, 128, 256)
+    rows = 1024 if chip.has_bf16_vpu and scale != "after" else 512
+    return (rows, 1024, 1024), (512, 512, 512), (256, 256, 512), (128, 128, 256)
+
+
+def _fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfig | None:
+    """The config with blocks that divide k and keep to the product's size; None if too large."""
+    p = problem
+    bm = min(_up(wanted.bm, 16), _up(p.m, 16))
+    bn = p.n if p.n <= wanted.bn else _near_divisor(p.n, wanted.bn)
+    bk = _block_of_k(p.k, _granule(p), wanted.bk)
+    config = dataclasses.replace(wanted, bm=bm, bn=bn, bk=bk, parallel=chip.cores > 1)
+    needed = vmem_bytes(p, config)
+    limit = int(chip.vmem_bytes * 0.9)
+    if needed > limit:
+        return None
+    allowed = min(limit, max(16 * _MIB, _up(needed + needed // 2, _MIB)))
+    return dataclasses.replace(config, vmem_limit_bytes=allowed)
+
+
+def _block_of_k(k: int, granule: int, most: int) -> int:
+    """The largest multiple of the granule that divides k and is at most `most`, else k."""
+    if k <= most or k % granule:
+        return k
+    count = k // granule
+    best = max(
+        (d for d in range(1, count + 1) if count % d == 0 and d * granule <= most), default=0
+    )
+    return best * granule if best * granule * 8 >= most else k
+
+
+def _near_divisor(n: int, wanted: int) -> int:
+    """A multiple of 128 near `wanted`, one that divides n if there is one from half of it on."""
+    for bn in range(wanted, wanted // 2, -LANES):
+        if n % bn == 0:
+            return bn
+    return wanted
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

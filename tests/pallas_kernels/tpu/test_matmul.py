@@ -1,0 +1,162 @@
+"""The matmul kernel in interpret mode against float64, for every storage, order and epilogue."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxquant.pallas_kernels.tpu.chips import CHIPS
+from jaxquant.pallas_kernels.tpu.heuristics import Unsupported, choose_config
+from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
+from jaxquant.pallas_kernels.tpu.problem import MatmulConfig, MatmulProblem
+from tests.pallas_kernels.tpu import cases
+
+
+def check(problem: MatmulProblem, config: MatmulConfig, seed: int = 0, interpret=True):
+    case = cases.make(problem, seed)
+    cases.assert_close(cases.run(problem, config, case, interpret), case, config)
+
+
+@st.composite
+def problems(draw):
+    codes = draw(st.sampled_from(["int8", "int4", "int3", "int2", "table4", "float8_e4m3fn"]))
+    k = draw(st.sampled_from([256, 512, 768])) if codes in ("int3", "int2") else None
+    k = k or draw(st.sampled_from([64, 96, 128, 256, 384, 512]))
+    groups = [g for g in (0, 32, 64, 128, 256) if g == 0 or k % g == 0]
+    x_dtype = draw(st.sampled_from(["bfloat16", "int8", "float8_e4m3fn"]))
+    return MatmulProblem(
+        draw(st.sampled_from([1, 5, 16, 40, 70, 130])),
+        k,
+        draw(
+            st.sampled_from([128, 256, 384] if codes in ("int3", "int2", "table4") else [96, 300])
+        ),
+        codes,
+        x_dtype,
+        draw(st.sampled_from(groups)),
+        zero_point=codes.startswith("int") and draw(st.booleans()),
+        x_scale=x_dtype != "bfloat16",
+        bias=draw(st.booleans()),
+        gate=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        out_dtype="float32",
+    )
+
+
+@settings(max_examples=15)
+@given(problem=problems(), chip=st.sampled_from(sorted(CHIPS)), seed=st.integers(0, 99))
+def test_chosen_configs(problem, chip, seed):
+    try:
+        config = choose_config(problem, CHIPS[chip])
+    except Unsupported as reason:
+        assert str(reason)
+        return
+    check(problem, config, seed)
+
+
+# Small blocks, so that every loop runs more than once: k in two steps, columns in two blocks,
+# groups longer than a chunk, as long, and shorter.
+BLOCKS = {"bm": 16, "bn": 128, "vmem_limit_bytes": 2**24}
+ORDERS = [
+    ("int4", 128, 256, "after", "cast"),
+    ("int4", 32, 256, "after", "cast"),
+    ("int4", 256, 512, "after", "cast"),
+    ("int4", 256, 128, "after", "cast"),
+    ("int4", 512, 256, "after", "bits"),
+    ("int4", 128, 256, "after", "bits"),
+    ("int4", 32, 256, "after", "bits"),
+    ("int4", 0, 256, "end", "bits"),
+    ("int4", 64, 256, "before", "cast"),
+    ("int4", 32, 256, "before", "cast"),
+    ("int4", 512, 256, "before", "cast"),
+    ("int8", 0, 256, "end", "cast"),
+    ("int3", 64, 256, "after", "bits"),
+    ("int3", 128, 512, "before", "bits"),
+    ("int3", 0, 256, "end", "bits"),
+    ("int2", 64, 256, "after", "bits"),
+    ("int2", 32, 256, "before", "bits"),
+    ("int2", 0, 256, "end", "bits"),
+    ("table4", 64, 256, "before", "gather"),
+    ("table4", 128, 256, "after", "gather"),
+    ("float8_e5m2", 0, 256, "end", "cast"),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: "-".join(map(str, o)))
+def test_every_order_in_several_blocks(order):
+    codes, group, bk, scale, reading = order
+    config = MatmulConfig(bk=bk, scale=scale, reading=reading, **BLOCKS)
+    for zero_point in (False, True) if codes.startswith("int") else (False,):
+        problem = MatmulProblem(
+            20, 1024, 256, codes, "bfloat16", group, zero_point, out_dtype="float32"
+        )
+        check(problem, config)
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize(
+    ("codes", "group", "scale"), [("int8", 0, "end"), ("int4", 64, "after"), ("int4", 0, "end")]
+)
+def test_integers_are_exact(codes, group, scale, zero_point):
+    """Integer sums of whole scales and zero points: not one bit is off."""
+    problem = MatmulProblem(
+        32, 512, 256, codes, "int8", group, zero_point, x_scale=True, out_dtype="float32"
+    )
+    case = cases.make(problem)
+    case.arrays["scale"][:] = 2.0
+    case.arrays["x_scale"][:] = 0.5
+    x, w = (np.asarray(case.arrays[n]).astype(np.int64) for n in ("x", "codes"))
+    if zero_point:
+        w = w - np.repeat(case.arrays["zero_point"].astype(np.int64), problem.group, 0)
+    config = MatmulConfig(bk=256, scale=scale, reading="cast", operand="int8", **BLOCKS)
+    np.testing.assert_array_equal(np.asarray(cases.run(problem, config, case)), x @ w)
+
+
+@pytest.mark.parametrize("reading", ["cast", "bits"])
+def test_no_races(reading, capfd):
+    """Each block is written once, and nothing is read before it is there."""
+    problem = MatmulProblem(20, 512, 256, "int4", "bfloat16", 128, True, out_dtype="float32")
+    config = MatmulConfig(bk=256, scale="after", reading=reading, **BLOCKS)
+    check(problem, config, interpret=pltpu.InterpretParams(detect_races=True))
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_float32_x_counts_as_bfloat16():
+    problem = MatmulProblem(8, 256, 128, "int8", out_dtype="float32")
+    config = choose_config(problem, CHIPS["v5e"])
+    case = cases.make(problem)
+    wide = case._replace(arrays={**case.arrays, "x": case.arrays["x"].astype(jnp.float32)})
+    got, want = cases.run(problem, config, wide), cases.run(problem, config, case)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_what_does_not_fit_is_said():
+    problem = MatmulProblem(8, 256, 128, "int4", group=64)
+    arrays = {
+        n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in cases.make(problem).arrays.items()
+    }
+    config = choose_config(problem, CHIPS["v5e"])
+
+    def call(**changes):
+        return jax.eval_shape(
+            lambda a: quantized_matmul(**a, problem=problem, config=config), arrays | changes
+        )
+
+    with pytest.raises(
+        ValueError, match=r"scale has shape \(2, 128\); the problem says \(4, 128\)"
+    ):
+        call(scale=jax.ShapeDtypeStruct((2, 128), jnp.float32))
+    with pytest.raises(ValueError, match="codes is int8; the problem says int4"):
+        call(codes=jax.ShapeDtypeStruct((256, 128), jnp.int8))
+    with pytest.raises(ValueError, match="groups of 48 do not divide k = 256"):
+        dataclasses.replace(problem, group=48)
+    with pytest.raises(ValueError, match="codes are one of"):
+        dataclasses.replace(problem, codes="int5")
+    with pytest.raises(Unsupported, match="groups of 16 are no multiple of 32"):
+        choose_config(dataclasses.replace(problem, group=16), CHIPS["v5e"])
+    with pytest.raises(ValueError, match="blocks of 192"):
+        cases.run(problem, dataclasses.replace(config, bk=192), cases.make(problem))
