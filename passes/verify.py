@@ -9,6 +9,7 @@ donated buffers, outputs.
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import JaxprEqn, JaxprTypeError, Literal, Var, check_jaxpr
@@ -56,9 +57,7 @@ class Verifier:
             )
         _check_scopes(jaxpr)
         if self._full:
-            for eqn in jaxpr.eqns:
-                _check_types(jaxpr, eqn)
-            _check_whole(jaxpr)
+            _check_types(jaxpr, jaxpr.eqns)
 
     def check_change(self, before: Program, after: Program, *, outputs: bool, typed: bool) -> None:
         """Checks that nothing was lost between two programs.
@@ -76,9 +75,7 @@ class Verifier:
         new, _ = _compat.open_jaxpr(after.jaxpr)
         if not typed and not self._full:
             known = {id(eqn) for eqn in old.eqns}
-            for eqn in new.eqns:
-                if id(eqn) not in known:
-                    _check_types(new, eqn)
+            _check_types(new, [eqn for eqn in new.eqns if id(eqn) not in known])
         if outputs:
             _check_outputs(old, new)
         lost = survivors(old) - survivors(new)
@@ -116,19 +113,25 @@ def _check_scopes(jaxpr: Any) -> None:
         raise VerificationError("an output is never bound")
 
 
-def _check_types(jaxpr: Any, eqn: JaxprEqn) -> None:
-    try:
-        check_jaxpr(_compat.jaxpr_of_equation(jaxpr, eqn))
-    except (JaxprTypeError, TypeError, ValueError, AssertionError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise VerificationError(f"ill-typed: {first.strip()}{_at(eqn)}") from error
+def _check_types(jaxpr: Any, eqns: Sequence[JaxprEqn]) -> None:
+    """Checks equations of a jaxpr together; where something is wrong, finds the one it is in."""
+    error = _type_error(jaxpr, eqns)
+    if error is None:
+        return
+    for eqn in eqns:
+        own = _type_error(jaxpr, [eqn])
+        if own is not None:
+            first = next((line for line in str(own).splitlines() if line.strip()), repr(own))
+            raise VerificationError(f"ill-typed: {first.strip()}{_at(eqn)}") from own
+    raise VerificationError(f"ill-typed: {error}") from error
 
 
-def _check_whole(jaxpr: Any) -> None:
+def _type_error(jaxpr: Any, eqns: Sequence[JaxprEqn]) -> Exception | None:
     try:
-        check_jaxpr(jaxpr)
+        check_jaxpr(_compat.jaxpr_of_equations(jaxpr, eqns))
     except (JaxprTypeError, TypeError, ValueError, AssertionError) as error:
-        raise VerificationError(f"ill-typed: {error}") from error
+        return error
+    return None
 
 
 def _check_outputs(old: Any, new: Any) -> None:

@@ -41,12 +41,11 @@ __all__ = [
     "custom_rule",
     "equation_context",
     "explicit_sharding",
-    "has_sub_jaxprs",
     "has_tangent",
     "is_eager",
     "is_tracer",
     "is_unspecified",
-    "jaxpr_of_equation",
+    "jaxpr_of_equations",
     "lower_without_shardings",
     "make_primitive",
     "match_varying",
@@ -64,7 +63,6 @@ __all__ = [
     "source_line",
     "split_p",
     "stack_p",
-    "sub_jaxprs",
     "unsplit",
     "unstack_p",
     "vary_like",
@@ -105,22 +103,15 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), consts
 
 
-def sub_jaxprs(eqn: Any) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
-    return _core.jaxprs_in_params(eqn.params)
-
-
-def has_sub_jaxprs(eqn: Any) -> bool:
-    """Whether an equation has a jaxpr among its parameters."""
-    return next(sub_jaxprs(eqn), None) is not None
-
-
-def jaxpr_of_equation(jaxpr: Any, eqn: Any) -> Any:
-    """An open jaxpr of one equation of ``jaxpr``: for checking it alone."""
-    inputs = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, _core.Var)))
-    outputs = [v for v in eqn.outvars if not isinstance(v, _core.DropVar)]
+def jaxpr_of_equations(jaxpr: Any, eqns: Sequence[Any]) -> Any:
+    """An open jaxpr of some equations of ``jaxpr``: for checking them alone."""
+    outputs = [v for eqn in eqns for v in eqn.outvars if not isinstance(v, _core.DropVar)]
+    read = dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, _core.Var))
+    own = set(outputs)
+    inputs = [v for v in read if v not in own]
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
     info = jaxpr.debug_info.with_unknown_names()
-    return _core.Jaxpr((), inputs, outputs, [eqn], eqn.effects, info)
+    return _core.Jaxpr((), inputs, outputs, list(eqns), effects, info)
 
 
 def abstract_eval(primitive: Any, avals: Sequence[Any], params: Any, eqn: Any) -> list[Any]:
