@@ -86,7 +86,8 @@ def choose_dot(
     batch = math.prod(w_shape[a] for a in axes.w_batch)
     partial_sums = count * batch * rows * axes.columns(w_shape)
     most = GROUPED_ROWS if act is None else GROUPED_INTEGER_ROWS
-    few = rows <= most and partial_sums <= GROUPED_ELEMENTS
+    # A symbolic number of rows (jax.export) compares with no number: it counts as many.
+    few = isinstance(rows, int) and rows <= most and partial_sums <= GROUPED_ELEMENTS
     if act is None:
         if all(scale_shape[a] == 1 for a in axes.w_free):
             return DotChoice(

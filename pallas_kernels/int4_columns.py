@@ -33,6 +33,8 @@ def pays(rows: int, values: jax.Array, axes: DotAxes) -> bool:
     """
     if values.dtype != jnp.int4 or not axes.w_free or axes.w_free[-1] != values.ndim - 1:
         return False
+    if not isinstance(rows, int):  # symbolic (jax.export): many
+        return False
     contracted = math.prod(values.shape[a] for a in axes.w_contract)
     return values.shape[-1] % 2 == 0 and rows * INTERLEAVING_COST <= contracted
 

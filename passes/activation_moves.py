@@ -140,9 +140,12 @@ def _transpose(eqn: Any, axes: Axes, static: bool) -> Axes | None:
 
 
 def _reshape(eqn: Any, axes: Axes, static: bool) -> Axes | None:
-    if _on_explicit_mesh(eqn) or eqn.params.get("dimensions") is not None:
+    permuted = eqn.primitive is jp.reshape_p and eqn.params["dimensions"] is not None
+    if permuted or _on_explicit_mesh(eqn):
         return None
     x, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if not all(isinstance(n, int) for n in (*x, *out)):  # symbolic sizes (jax.export)
+        return None
     found: set[int] = set()
     for ins, outs in _factors(x, out):
         shared = {i in axes for i in outs if out[i] != 1}

@@ -148,7 +148,7 @@ def test_help_imports_no_framework():
         (("quantize", "--model", "project_models:bare", "--out", "o"), "no variables"),
         (("explain", "--model", "project_models:array_example"), "example is a tuple of arguments"),
         (("explain", "--model", "project_models:a_class"), "give an instance, such as Net(...)"),
-        (("explain", "--model", "project_models:array_calibration"), "calibration is an array of shape"),
+        (("explain", "--model", "project_models:array_calibration"), "calibration is an array"),
         (("explain", "--model", "project_models:array_slice"), "slice 'first' of data is an array"),
         (("explain", "--model", "project_models:listed_data"), "data is a mapping from"),
         (("compare", "--html", "no/such/page.html"), "--html no/such/page.html: there is no such"),

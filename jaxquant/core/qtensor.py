@@ -186,6 +186,12 @@ class QTensor:
         """Raises: a QTensor never becomes an array silently."""
         raise TypeError(_NO_ARITHMETIC.format(what="it was passed to a numpy operation"))
 
+    def __getattr__(self, name: str) -> Any:
+        """Raises: it has not the attributes of an array (`astype`, `T`, `at` ...)."""
+        if not name.startswith("_") and hasattr(jax.Array, name):
+            raise AttributeError(_NO_ARITHMETIC.format(what=f".{name} was read"))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __repr__(self) -> str:
         """Qtype, shape, dtype, blocks, parts and bytes in one line."""
         try:

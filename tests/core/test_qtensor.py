@@ -103,6 +103,15 @@ def test_no_arithmetic(operation) -> None:
         operation(small())
 
 
+def test_attributes_of_arrays_are_refused_like_arithmetic() -> None:
+    for name in ("astype", "T", "at", "reshape", "sharding"):
+        with pytest.raises(AttributeError, match=rf"\.{name} was read.*@jaxquant.quantize"):
+            getattr(small(), name)
+    with pytest.raises(AttributeError, match="^'QTensor' object has no attribute 'scales'$"):
+        _ = small().scales
+    assert not hasattr(small(), "astype")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

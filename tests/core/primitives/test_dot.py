@@ -347,6 +347,21 @@ def test_lowers_for_several_platforms_at_once():
     np.testing.assert_allclose(exported.call(x), fn(x), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("qtype", "group", "act"),
+    [("int8", 64, ActScheme()), ("int4", 32, ActScheme()), ("int4", 32, None), ("int4", 64, None)],
+)
+def test_a_symbolic_number_of_rows(qtype, group, act):
+    """An exported program serves every batch size; what is chosen by the rows counts as many."""
+    w = quantize_array(random(1, 64, 8), qtype, (group, 1)).replace(act=act)
+    (rows,) = jax.export.symbolic_shape("rows")
+    fn = jax.jit(lambda x: quantized_dot_general(x, w, MATMUL))
+    exported = jax.export.export(fn)(jax.ShapeDtypeStruct((rows, 64), jnp.float32))
+    for n in (1, 5, 40):
+        x = random(0, n, 64)
+        np.testing.assert_allclose(exported.call(x), fn(x), rtol=1e-5, atol=1e-5)
+
+
 def test_one_quantization_for_all_dots_that_share_an_input():
     ws = [_quantized("int8", (16, n), DYNAMIC, (16, 1)) for n in (8, 4, 4)]
     fn = jax.jit(lambda x: [quantized_dot_general(x, w, MATMUL) for w in ws])
