@@ -19,21 +19,16 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.io.containers import Decoder, Encoder, Node, Place, class_name, register
 from jaxquant.io.manifest import MAX_DEPTH, CheckpointError, take
-from jaxquant.io.python_codecs import decode_items, decode_key, encode_items, encode_key
+from jaxquant.io.python_codecs import (
+    MappingCodec,
+    decode_items,
+    decode_key,
+    encode_items,
+    encode_key,
+)
 
 # Metadata by which variables name the mesh axes of their value; older Flax used the second.
 _AXIS_METADATA = ("out_sharding", "sharding_names")
-
-
-class _FrozenDictCodec:
-    kind = "FrozenDict"
-    types: tuple[type, ...] = (FrozenDict,)
-
-    def encode(self, value: Any, encoder: Encoder, place: Place) -> Node:
-        return {"items": encode_items(value.items(), encoder, place)}
-
-    def decode(self, node: Node, decoder: Decoder, place: Place) -> Any:
-        return FrozenDict(decode_items(node, decoder, place))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +184,7 @@ def _with_axes(place: Place, names: Any, rules: Any, logical: bool) -> Place:
     )
 
 
-register(_FrozenDictCodec())
+register(MappingCodec("FrozenDict", FrozenDict))
 register(_BoxCodec("nn.Partitioned", nn.Partitioned, logical=False))
 register(_BoxCodec("nn.LogicallyPartitioned", nn.LogicallyPartitioned, logical=True))
 register(_StateCodec())

@@ -67,18 +67,23 @@ def decode_items(node: Node, decoder: Decoder, place: Place) -> dict[Any, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Mapping:
+class MappingCodec:
+    """A mapping that its class makes of a dict."""
+
     kind: str
     cls: type
 
     @property
     def types(self) -> tuple[type, ...]:
+        """The mapping's class."""
         return (self.cls,)
 
     def encode(self, value: Any, encoder: Encoder, place: Place) -> Node:
+        """Keys and children, in order."""
         return {"items": encode_items(value.items(), encoder, place)}
 
     def decode(self, node: Node, decoder: Decoder, place: Place) -> Any:
+        """The mapping."""
         return self.cls(decode_items(node, decoder, place))
 
 
@@ -186,8 +191,8 @@ def _complex_value(text: str) -> complex:
     return complex(float.fromhex(real), float.fromhex(imag))
 
 
-register(_Mapping("dict", dict))
-register(_Mapping("OrderedDict", collections.OrderedDict))
+register(MappingCodec("dict", dict))
+register(MappingCodec("OrderedDict", collections.OrderedDict))
 register(_Sequence("list", list))
 register(_Sequence("tuple", tuple))
 register(_NamedTuple(), lambda x: isinstance(x, tuple) and hasattr(x, "_fields"))

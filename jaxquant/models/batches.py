@@ -89,6 +89,7 @@ def rows_per_slice(weights: Mapping[str, float], batch_size: int) -> dict[str, i
     rows = {name: max(1, int(share)) for name, share in exact.items()}
     while sum(rows.values()) != batch_size:
         change = 1 if sum(rows.values()) < batch_size else -1
-        name = max(rows, key=lambda n: change * (exact[n] - rows[n]))
+        may_change = [n for n in rows if rows[n] + change >= 1]
+        name = max(may_change, key=lambda n: change * (exact[n] - rows[n]))
         rows[name] += change
     return rows

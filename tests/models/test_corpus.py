@@ -101,6 +101,7 @@ def test_rows_follow_the_weights():
     assert batches.rows_per_slice(weights, 16) == {"x": 5, "y": 7, "z": 2, "w": 2}
     assert sum(batches.rows_per_slice(weights, 9).values()) == 9
     assert batches.rows_per_slice(weights, 4) == {"x": 1, "y": 1, "z": 1, "w": 1}
+    assert batches.rows_per_slice({"x": 100, "y": 1, "z": 1}, 3) == {"x": 1, "y": 1, "z": 1}
     with pytest.raises(ValueError, match="3 rows cannot hold 4 slices"):
         batches.rows_per_slice(weights, 3)
 
