@@ -75,7 +75,7 @@ class Verifier:
         new, _ = _compat.open_jaxpr(after.jaxpr)
         if not typed and not self._full:
             known = {id(eqn) for eqn in old.eqns}
-            _check_types(new, [eqn for eqn in new.eqns if id(eqn) not in known])
+            _check_types(new, _different([eqn for eqn in new.eqns if id(eqn) not in known]))
         if outputs:
             _check_outputs(old, new)
         lost = survivors(old) - survivors(new)
@@ -111,6 +111,19 @@ def _check_scopes(jaxpr: Any) -> None:
             bound.add(var)
     if any(isinstance(v, Var) and v not in bound for v in jaxpr.outvars):
         raise VerificationError("an output is never bound")
+
+
+def _different(eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
+    """One of each kind: the layers of a model repeat a few equations on the same types."""
+    found: dict[Any, JaxprEqn] = {}
+    for eqn in eqns:
+        types = (tuple(v.aval for v in eqn.invars), tuple(v.aval for v in eqn.outvars))
+        key: Any = (eqn.primitive, *types, tuple(eqn.params.items()))
+        try:
+            found.setdefault(key, eqn)
+        except TypeError:  # a parameter that cannot be hashed
+            found[id(eqn)] = eqn
+    return list(found.values())
 
 
 def _check_types(jaxpr: Any, eqns: Sequence[JaxprEqn]) -> None:
