@@ -17,7 +17,13 @@ from jaxquant.passes.channel_solver import SAME, Flow, Reason, constant
 # --- elements stay where they are -------------------------------------------------------------
 
 
-@register(*SAME, jp.neg_p, jp.abs_p, jp.real_p, EQUAL, EACH)
+@register(jp.abs_p)
+def _magnitude(flow: Flow, node: Node) -> None:
+    flow.positive = True
+    equal(flow, node, list(node.values), "a magnitude keeps a positive factor")
+
+
+@register(*SAME, jp.neg_p, jp.real_p, EQUAL, EACH)
 def _same(flow: Flow, node: Node) -> None:
     equal(flow, node, list(node.values), "each element keeps its factor")
 
@@ -88,6 +94,7 @@ def _sum(flow: Flow, node: Node) -> None:
 
 @register(jp.max_p, jp.min_p)
 def _extremum(flow: Flow, node: Node) -> None:
+    flow.positive = True
     why = "the larger (smaller) of two numbers, or of one and zero, keeps a positive factor"
     _terms(flow, node, node.ins, why)
 
@@ -100,10 +107,12 @@ def _select(flow: Flow, node: Node) -> None:
 @register(jp.sign_p, jp.iota_p)
 def _unchanged(flow: Flow, node: Node) -> None:
     """A positive factor changes nothing."""
+    flow.positive = True
 
 
 @register(jp.gt_p, jp.ge_p, jp.lt_p, jp.le_p, jp.eq_p, jp.ne_p)
 def _compare(flow: Flow, node: Node) -> None:
+    flow.positive = True
     if not any(constant(v) == 0 for v in node.ins):
         for value in node.ins:
             layout = flow.get(value)

@@ -96,6 +96,7 @@ class ChannelGroup:
       explicit: for a group that cannot be folded: the same with an explicit division of the input
         in front of the readers, so that only the weights absorb; None if that is impossible too,
         or not needed.
+      signed: whether factors may be negative: nothing on the way asks for a sign.
     """
 
     consumers: tuple[str, ...]
@@ -106,6 +107,7 @@ class ChannelGroup:
     weights: tuple[Absorber, ...]
     obstacles: tuple[str, ...]
     explicit: ChannelGroup | None = None
+    signed: bool = False
 
     @property
     def foldable(self) -> bool:
@@ -156,7 +158,7 @@ def find_channel_groups(program: Program) -> tuple[ChannelGroup, ...]:
     groups: list[ChannelGroup] = []
     seen: set[Node] = set()
     for node in graph.nodes:
-        side = _weight_side(node)
+        side = weight_side(node)
         if side is None or node in seen or not contracted_axes(node, 1 - side):
             continue
         group, members = _solve(graph, node, side)
@@ -166,7 +168,19 @@ def find_channel_groups(program: Program) -> tuple[ChannelGroup, ...]:
     return tuple(groups)
 
 
-def _weight_side(node: Node) -> int | None:
+def parameter_group(graph: Graph, path: str) -> ChannelGroup:
+    """The group in which a parameter is divided by factors, one for each of its elements.
+
+    Used to make a norm's gain one: its `channels` have the parameter's shape.
+    """
+    flow = Flow(RULES)
+    value = graph.params[path]
+    target = flow.solve(value, value.shape)
+    members = {n for n, carrier in flow.carriers.items() if carrier == CONTRACT}
+    return _group(graph, flow, target, set(), members)
+
+
+def weight_side(node: Node) -> int | None:
     """Which operand of a product is made of parameters alone."""
     if product_names(node) is None or not all(v.is_float for v in node.ins[:2]):
         return None
@@ -205,7 +219,7 @@ def _operands(
     """Asks that the weights of some products be multiplied by factors, and nothing else."""
     target = flow.target((*loops, *sizes))
     for node in readers:
-        side, names = _weight_side(node), product_names(node)
+        side, names = weight_side(node), product_names(node)
         assert side is not None and names is not None
         shared = [n for n in names[0] if n in names[1]]
         there = project(
@@ -219,7 +233,7 @@ def _operands(
 def _group(
     graph: Graph, flow: Flow, target: Array, readers: set[Node], members: set[Node]
 ) -> ChannelGroup:
-    products = [n for n in graph.nodes if n in members and _weight_side(n) is not None]
+    products = [n for n in graph.nodes if n in members and weight_side(n) is not None]
     numbers = _Numbers(flow, target)
     consumers = tuple(dict.fromkeys(path for n in products for path in sorted(_weights_of(n))))
     absorbers = {}
@@ -235,6 +249,7 @@ def _group(
         producers=tuple(a for path, a in absorbers.items() if path not in consumers),
         weights=tuple(absorbers[path] for path in consumers if path in absorbers),
         obstacles=_obstacles(flow, numbers.count),
+        signed=not flow.positive,
     )
 
 
@@ -242,7 +257,7 @@ def _readers(value: Value, dims: Sequence[int]) -> set[Node]:
     """Products with a weight that contract these dimensions of a value, as it is or converted."""
     found = set()
     for node in value.users:
-        side = _weight_side(node)
+        side = weight_side(node)
         if node.kind in SAME:
             found |= _readers(node.outs[0], dims)
         elif side is not None and value is node.ins[1 - side]:
@@ -251,7 +266,7 @@ def _readers(value: Value, dims: Sequence[int]) -> set[Node]:
 
 
 def _weights_of(node: Node) -> frozenset[str]:
-    side = _weight_side(node)
+    side = weight_side(node)
     return frozenset() if side is None else node.ins[side].params
 
 

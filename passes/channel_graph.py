@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, Primitive
+from jax.extend.core import Literal as JaxLiteral
+from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat
@@ -43,6 +44,8 @@ class Value:
       from_input: whether it is made of inputs that are no parameters too.
       producer: the operation that made it, or None.
       users: the operations that read it.
+      explicit: "" for a value of the program. A value that stands behind an explicit operation
+        which is yet to be inserted may do as it likes ("free"), or must stay as it is ("fixed").
     """
 
     shape: tuple[int, ...]
@@ -56,6 +59,7 @@ class Value:
     from_input: bool = False
     producer: Node | None = None
     users: list[Node] = dataclasses.field(default_factory=list)
+    explicit: Literal["", "free", "fixed"] = ""
 
     @property
     def is_float(self) -> bool:
@@ -99,10 +103,12 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """All operations of a program in its order, and its parameters by path."""
+    """All operations of a program in its order, its parameters by path, inputs and results."""
 
     nodes: tuple[Node, ...]
     params: dict[str, Value]
+    inputs: tuple[Value, ...]
+    results: tuple[Value, ...]
 
 
 def build_graph(program: Program) -> Graph:
@@ -115,9 +121,11 @@ def build_graph(program: Program) -> Graph:
         value.params = frozenset() if path is None else frozenset([path])
         value.from_input = path is None
         args.append(value)
-    for out in builder.run(jaxpr, consts, args, (), (), ""):
+    results = builder.run(jaxpr, consts, args, (), (), "")
+    for out in results:
         out.is_result = True
-    return Graph(tuple(builder.nodes), {v.path: v for v in args if v.path is not None})
+    params = {v.path: v for v in args if v.path is not None}
+    return Graph(tuple(builder.nodes), params, tuple(args), tuple(results))
 
 
 class _Builder:
@@ -142,7 +150,7 @@ class _Builder:
             env[var] = Value(var.aval.shape, var.aval.dtype, loops, literal=literal)
 
         def read(atom: Any) -> Value:
-            if isinstance(atom, Literal):
+            if isinstance(atom, JaxLiteral):
                 aval: Any = atom.aval
                 return Value(aval.shape, aval.dtype, loops, literal=atom.val)
             return env[atom]

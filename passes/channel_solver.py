@@ -62,6 +62,7 @@ class Flow:
       carriers: how each product passes factors on.
       reasons: why a value got its labels.
       obstacles: what made factors one.
+      positive: whether an operation commutes only because factors are positive.
 
     Args:
       rules: rules by kind of operation; what has none does not commute with a factor.
@@ -76,6 +77,7 @@ class Flow:
         self.carriers: dict[Node, Carrier] = {}
         self.reasons: dict[Value, Reason] = {}
         self.obstacles: list[Obstacle] = []
+        self.positive = False
         self._rules, self._cut = rules, frozenset(cut)
         self._todo: deque[Node] = deque()
         self._open: dict[Node, tuple[Carrier, ...]] = {}

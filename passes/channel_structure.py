@@ -160,6 +160,7 @@ def _unstack(flow: Flow, node: Node) -> None:
 
 @register(jp.reduce_sum_p, jp.reduce_max_p, jp.reduce_min_p)
 def _reduce(flow: Flow, node: Node) -> None:
+    flow.positive = flow.positive or node.kind is not jp.reduce_sum_p
     a, b = node.ins[0], node.outs[0]
     every = list(range(len(a.shape)))
     left = [d for d in every if d not in {int(x) for x in node.params["axes"]}]
@@ -211,6 +212,7 @@ def _dynamic_update_slice(flow: Flow, node: Node) -> None:
 
 @register(jp.cumsum_p, jp.cummax_p, jp.cummin_p)
 def _cumulative(flow: Flow, node: Node) -> None:
+    flow.positive = flow.positive or node.kind is not jp.cumsum_p
     a, b = node.ins[0], node.outs[0]
     axis = [a.depth + node.params["axis"]]
     same: Map = lambda x: flow.labels.collapse(x, axis)  # noqa: E731

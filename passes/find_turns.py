@@ -1,0 +1,336 @@
+"""`find_turns`: the residual stream and everything else of a program that can be rotated.
+
+Starts `rotation_flow` searches where they may lead somewhere: at sums that join two values (the
+residual stream), at what attention mixes (features of the value heads), and, if explicit operations
+are allowed, at the inputs of weights. Where a search fails and explicit operations are allowed, the
+program is cut at the obstacle: behind a cut a value is rotated, or rotated back, by an operation of
+its own. Called by `rotate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from jax.extend.core import primitives as jp
+
+from jaxquant.passes.channel_flow import ChannelGroup, parameter_group, weight_side
+from jaxquant.passes.channel_graph import Graph, Node, Value, build_graph
+from jaxquant.passes.channel_products import contracted_axes, product_names
+from jaxquant.passes.interpreter import Site
+from jaxquant.passes.program import Program
+from jaxquant.passes.rotation_flow import Conflict, Spot, Turn
+
+_MOST_CUTS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Where an explicit rotation goes.
+
+    Attributes:
+      kind: "operand" number ``index`` of an equation, its "result", or "input" or "output" number
+        ``index`` of the program.
+      site: place of the equation; () for inputs and outputs.
+      index: see ``kind``.
+      back: whether it is rotated back, by the transpose.
+    """
+
+    kind: Literal["operand", "result", "input", "output"]
+    site: Site
+    index: int
+    back: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FoundTurn:
+    """A rotation that leaves the function as it is.
+
+    Attributes:
+      role: "stream", "heads", or "input" of weights.
+      size: size of the matrix.
+      absorbed: for each parameter to multiply: its path, where, and the operations on the way.
+      gains: norm gains that have to be one first, and what takes them.
+      explicit: explicit operations, and where their operands are rotated.
+      fixes_ones: whether the matrix must leave the vector of ones as it is.
+      joins: how many sums join it.
+      readers: products that contract a rotated axis.
+    """
+
+    role: Literal["stream", "heads", "input"]
+    size: int
+    absorbed: tuple[tuple[str, Spot, tuple[str, ...]], ...]
+    gains: tuple[tuple[str, ChannelGroup], ...]
+    explicit: tuple[tuple[Cut, Spot], ...]
+    fixes_ones: bool
+    joins: int
+    readers: frozenset[Site]
+
+    def proof(self) -> str:
+        """What absorbs the matrix and how it gets there, as text."""
+        what = {
+            "stream": f"residual stream of {self.size} channels, joined by {self.joins} sums",
+            "heads": f"heads of {self.size} features",
+            "input": f"input of {self.size} channels",
+        }[self.role]
+        lines = [what + (" (the matrix keeps the ones vector)" if self.fixes_ones else "")]
+        lines += [f"  {path}: gain, folded into {group.consumers}" for path, group in self.gains]
+        for path, spot, steps in self.absorbed:
+            lines.append(f"  {path} is rotated along axis {spot.dim}")
+            lines += [f"    {step}" for step in steps]
+        lines += [f"  explicit: {cut.kind} {cut.site} {cut.index}" for cut, _ in self.explicit]
+        return "\n".join(lines)
+
+
+def find_turns(
+    program: Program, *, stream: bool, heads: bool, online: bool
+) -> tuple[tuple[FoundTurn, ...], tuple[str, ...]]:
+    """All rotations of a float program.
+
+    Args:
+      program: the program.
+      stream: look for residual streams.
+      heads: look for features that attention passes on.
+      online: allow explicit operations, and rotate the inputs of all other weights by them.
+
+    Returns:
+      The rotations, and one sentence for each thing that could not be rotated.
+    """
+    finder = _Finder(program, online)
+    if stream:
+        finder.streams()
+    if heads:
+        finder.heads()
+    if online:
+        finder.inputs()
+    return tuple(finder.found), tuple(finder.notes)
+
+
+class _Finder:
+    def __init__(self, program: Program, online: bool) -> None:
+        self.found: list[FoundTurn] = []
+        self.notes: list[str] = []
+        self._program, self._online = program, online
+        self._graph = build_graph(program)
+
+    def streams(self) -> None:
+        seen: set[Site] = set()
+        furthest: tuple[int, str] = (-1, "no sum joins two values that depend on the input")
+        for node in self._graph.nodes:
+            joins = node.kind in (jp.add_p, jp.add_jaxvals_p)
+            if not joins or node.site in seen or not all(_joinable(v) for v in node.ins):
+                continue
+            out = node.outs[0]
+            if not out.shape or out.shape[-1] < 2:
+                continue
+            spot = Spot(len(out.shape) - 1, out.shape[-1])
+            turn, found, why = self._search(node.site, spot, self._online)
+            seen |= {n.site for v in turn.spots for n in (v.producer, *v.users) if n is not None}
+            if found is not None:
+                self.found.append(found)
+            elif len(turn.spots) > furthest[0]:
+                furthest = len(turn.spots), why
+        if not any(f.role == "stream" for f in self.found):
+            self.notes.append(f"no residual stream can be rotated: {furthest[1]}")
+
+    def heads(self) -> None:
+        taken = {r for f in self.found for r in f.readers}
+        for node in self._graph.nodes:
+            names = product_names(node)
+            if names is None or not all(_joinable(v) for v in node.ins[:2]):
+                continue
+            for side in (0, 1):
+                free = [d for d, n in enumerate(names[side]) if n not in names[1 - side]]
+                for dim in free:
+                    value = node.ins[side]
+                    if value.shape[dim] < 2 or taken & {n.site for n in value.users}:
+                        continue
+                    try:
+                        spot = Spot(dim, value.shape[dim])
+                        turn = Turn().run([(value, spot)])
+                    except Conflict:
+                        continue
+                    found = self._found("heads", spot.size, self._graph, turn, (), ())
+                    if len(found.absorbed) > 1 and not turn.gains and self._apart(found):
+                        self.found.append(found)
+                        taken |= found.readers
+
+    def inputs(self) -> None:
+        done = {r for f in self.found for r in f.readers}
+        for node in self._graph.nodes:
+            side = weight_side(node)
+            if side is None or node.site in done:
+                continue
+            value = node.ins[1 - side]
+            dims = contracted_axes(node, 1 - side)
+            if not dims:
+                continue
+            dim = max(dims, key=lambda d: value.shape[d])
+            readers = [
+                n for n in value.users
+                if weight_side(n) is not None and n.site not in done
+                and dim in contracted_axes(n, n.ins.index(value))
+            ]  # fmt: skip
+            done |= {n.site for n in readers}
+            if value.shape[dim] < 2:
+                continue
+            cuts = [Cut("operand", n.site, n.ins.index(value), False) for n in readers]
+            graph, behind = _cut(build_graph(self._program), cuts)
+            spot = Spot(dim, value.shape[dim])
+            turn = Turn()
+            try:
+                turn.run([(behind[c], spot) for c in cuts])
+            except Conflict as why:
+                self.notes.append(f"{_names(node, side)}: its input is not rotated: {why}")
+                continue
+            found = self._found("input", spot.size, graph, turn, cuts, behind)
+            if turn.gains or not self._apart(found):
+                self.notes.append(f"{_names(node, side)}: rotated already, or behind a gain")
+                continue
+            self.found.append(found)
+
+    def _search(
+        self, site: Site, spot: Spot, online: bool
+    ) -> tuple[Turn, FoundTurn | None, str]:
+        """One search; with ``online`` repeated with cuts until there is no obstacle."""
+        cuts: list[Cut] = []
+        while True:
+            graph, behind = _cut(build_graph(self._program), cuts) if cuts else (self._graph, {})
+            start = next(n for n in graph.nodes if n.site == site).outs[0]
+            turn = Turn()
+            more: list[Cut]
+            try:
+                turn.run([(start, spot)])
+                gains, stuck = self._gains(turn)
+                why = "; ".join(f"the gain {p} cannot be folded: {w}" for _, p, w in stuck)
+                more = [Cut("operand", n.site, turn.gains[n][0], True) for n, _, _ in stuck]
+            except Conflict as conflict:
+                gains, why = {}, str(conflict)
+                more = _way_round(conflict, turn, graph)
+            new = [c for c in more if c not in cuts]
+            if not why:
+                found = self._found("stream", spot.size, graph, turn, cuts, behind, gains)
+                good = bool(turn.joins) and bool(found.absorbed or found.explicit)
+                return turn, found if good and self._apart(found) else None, "nothing absorbs it"
+            if not online or not new or len(cuts) > _MOST_CUTS:
+                return turn, None, why
+            cuts += new
+
+    def _gains(
+        self, turn: Turn
+    ) -> tuple[dict[str, ChannelGroup], list[tuple[Node, str, str]]]:
+        """Gains that can be made one, and products with others, with the reasons."""
+        good: dict[str, ChannelGroup] = {}
+        stuck: list[tuple[Node, str, str]] = []
+        for node, (_, gain) in turn.gains.items():
+            path = next(iter(gain.params))
+            group = parameter_group(self._graph, path)
+            if len(gain.params) == 1 and group.count == group.channels.size:
+                good[path] = group
+            else:
+                stuck.append((node, path, "; ".join(group.obstacles) or "it is shared"))
+        return good, stuck
+
+    def _found(
+        self,
+        role: Literal["stream", "heads", "input"],
+        size: int,
+        graph: Graph,
+        turn: Turn,
+        cuts: Sequence[Cut],
+        behind: dict[Cut, Value] | tuple[()],
+        gains: dict[str, ChannelGroup] | None = None,
+    ) -> FoundTurn:
+        values = dict(behind)
+        return FoundTurn(
+            role=role,
+            size=size,
+            absorbed=tuple(
+                (path, turn.spots[value], _steps(turn, value))
+                for path, value in graph.params.items()
+                if value in turn.spots
+            ),
+            gains=tuple((gains or {}).items()),
+            explicit=tuple((c, turn.spots[values[c]]) for c in cuts if values[c] in turn.spots),
+            fixes_ones=turn.fixes_ones,
+            joins=len(turn.joins),
+            readers=frozenset(n.site for n in graph.nodes if _reads(turn, n)),
+        )
+
+    def _apart(self, found: FoundTurn) -> bool:
+        """Whether no axis of a parameter is rotated a second time."""
+        taken = {(path, spot.dim) for f in self.found for path, spot, _ in f.absorbed}
+        return not taken & {(path, spot.dim) for path, spot, _ in found.absorbed}
+
+
+def _joinable(value: Value) -> bool:
+    return value.is_float and value.from_input
+
+
+def _reads(turn: Turn, node: Node) -> bool:
+    """Whether a product contracts an axis that is rotated."""
+    for side, value in enumerate(node.ins[:2]):
+        spot = turn.get(value)
+        if spot is not None and spot.dim in contracted_axes(node, side):
+            return True
+    return False
+
+
+def _names(node: Node, side: int) -> str:
+    return ", ".join(sorted(node.ins[side].params))
+
+
+def _steps(turn: Turn, value: Value) -> tuple[str, ...]:
+    steps = []
+    at: Value | None = value
+    while at is not None:
+        node, at = turn.before[at]
+        if node is not None:
+            steps.append(f"{node.kind} at {node.source.rpartition('/')[2]}")
+    return tuple(steps)
+
+
+def _way_round(conflict: Conflict, turn: Turn, graph: Graph) -> list[Cut]:
+    """Explicit operations that may remove an obstacle."""
+    value = conflict.value
+    if value is not None and value.is_result:
+        return [Cut("output", (), i, True) for i, v in enumerate(graph.results) if v is value]
+    if value is not None and value.is_input:
+        return [Cut("input", (), graph.inputs.index(value), False)]
+    return [
+        Cut("result", n.site, 0, False)
+        for n in graph.nodes
+        if n.kind is jp.gather_p and n.outs[0] in turn.spots and n.ins[0].params
+    ]
+
+
+def _cut(graph: Graph, cuts: Iterable[Cut]) -> tuple[Graph, dict[Cut, Value]]:
+    """The graph with cuts, and for each the value whose spot is that of the explicit operation."""
+    nodes = {n.site: n for n in graph.nodes if not isinstance(n.kind, str)}
+    rotated: dict[Cut, Value] = {}
+    for cut in cuts:
+        if cut.kind == "input":
+            value = graph.inputs[cut.index]
+            value.is_input, value.explicit = False, "free"
+            rotated[cut] = value
+        elif cut.kind == "output":
+            value = graph.results[cut.index]
+            value.is_result = False
+            rotated[cut] = value
+        elif cut.kind == "result":
+            node = nodes[cut.site]
+            old = node.outs[0]
+            old.producer, old.explicit = None, "free"
+            node.outs[0] = dataclasses.replace(old, explicit="fixed", users=[], producer=node)
+            rotated[cut] = old
+        else:
+            node = nodes[cut.site]
+            old = node.ins[cut.index]
+            side = "fixed" if cut.back else "free"
+            new = dataclasses.replace(old, explicit=side, users=[node], producer=None)
+            node.ins[cut.index] = new
+            if old not in node.ins:
+                old.users.remove(node)
+            rotated[cut] = old if cut.back else new
+    return graph, rotated
