@@ -126,10 +126,10 @@ def _request(eqn: Any, producers: dict[Any, Any], first: dict[Any, Any]) -> Requ
         return None
     chain = [Node(first.get(x, x), canonical(act, x.aval.shape))]
     while (producer := producers.get(chain[-1].var)) is not None:
-        act, x = before(producer, chain[-1].act, WHOLE), producer.invars[0]
-        if act is None or not is_var(x) or not x.aval.shape:
+        act, source = before(producer, chain[-1].act, WHOLE), producer.invars[0]
+        if act is None or not is_var(source) or not source.aval.shape:
             break
-        chain.append(Node(first.get(x, x), act))
+        chain.append(Node(first.get(source, source), act))
     return Request(tuple(chain), scale_dtype(x.aval, w.dtype), static_scale)
 
 
