@@ -19,21 +19,12 @@ from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat, primitives
 from jaxquant.core.qtensor import storage_bytes
+from jaxquant.passes.count import PRODUCTS, count
 from jaxquant.passes.edit_jaxpr import bodies
 
-_PRODUCTS = frozenset(
-    {
-        jp.dot_general_p,
-        jp.conv_general_dilated_p,
-        _compat.ragged_dot_general_p,
-        primitives.quantized_dot_general_p,
-        primitives.quantized_conv_general_dilated_p,
-        primitives.quantized_ragged_dot_p,
-    }
-)
 _LOOKUPS = frozenset({jp.gather_p, jp.dynamic_slice_p})
 _UPDATES = frozenset({jp.dynamic_update_slice_p, jp.scatter_p, jp.scatter_add_p})
-_MOVES = frozenset({jp.sort_p, primitives.dequantize_p})
+_MOVES = frozenset({jp.sort_p, primitives.dequantize_p, primitives.quantize_activation_p})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +35,16 @@ class Traffic:
       weight_bytes: bytes read that come from parameters, codes and scales at their real width.
       activation_bytes: all other bytes read and written by operations that are not fused.
       operations: multiplications and additions of products.
-      products: how many products are run.
+      launches: how many products are run; those of one input in one equation are one.
+      quantizations: how many times an activation is quantized.
       unknown_loops: while loops in it, whose number of turns is not known: counted once.
     """
 
     weight_bytes: int = 0
     activation_bytes: int = 0
     operations: int = 0
-    products: int = 0
+    launches: int = 0
+    quantizations: int = 0
     unknown_loops: int = 0
 
     @property
@@ -90,7 +83,10 @@ def traffic(jaxpr: Any, weights: Sequence[bool]) -> Traffic:
       weights: for each of its inputs whether it is (part of) a parameter.
     """
     inner, _ = _compat.open_jaxpr(jaxpr)
-    return _body(inner, weights)
+    found = count(inner)
+    return dataclasses.replace(
+        _body(inner, weights), launches=found.launches, quantizations=found.quantizations
+    )
 
 
 def _body(jaxpr: Any, weights: Sequence[bool]) -> Traffic:
@@ -133,11 +129,10 @@ def _control(eqn: Any, inner: Sequence[Any], flags: list[bool]) -> Traffic:
 
 def _equation(eqn: Any, flags: list[bool]) -> Traffic:
     out = sum(storage_bytes(v.aval) for v in eqn.outvars)
-    if eqn.primitive in _PRODUCTS or eqn.primitive in _MOVES:
+    if eqn.primitive in PRODUCTS or eqn.primitive in _MOVES:
         read = _read(eqn, flags)
-        product = eqn.primitive in _PRODUCTS
-        work = _operations(eqn) if product else 0
-        return Traffic(read[True], read[False] + out, work, int(product))
+        work = _operations(eqn) if eqn.primitive in PRODUCTS else 0
+        return Traffic(read[True], read[False] + out, work)
     if eqn.primitive in _LOOKUPS:  # reads what it picks
         return Traffic(out * flags[0], out * (2 - flags[0]))
     if eqn.primitive in _UPDATES:  # in place: writes the update only
@@ -147,26 +142,27 @@ def _equation(eqn: Any, flags: list[bool]) -> Traffic:
 
 
 def _read(eqn: Any, flags: list[bool]) -> Mapping[bool, int]:
+    """Bytes read, of parameters (True) and of all else.
+
+    A product that is given its input's codes keeps the floats for the derivative only.
+    """
+    unread = eqn.params.get("x_quantized", False)
     read = {True: 0, False: 0}
-    for atom, is_weight in zip(eqn.invars, flags, strict=True):
-        read[is_weight] += storage_bytes(atom.aval)
+    for i, (atom, is_weight) in enumerate(zip(eqn.invars, flags, strict=True)):
+        read[is_weight] += 0 if unread and i == 0 else storage_bytes(atom.aval)
     return read
 
 
 def _operations(eqn: Any) -> int:
     """Two for each multiplication."""
-    out = math.prod(eqn.outvars[0].aval.shape)
+    out = sum(math.prod(v.aval.shape) for v in eqn.outvars)
     params = eqn.params
-    if eqn.primitive is jp.dot_general_p:
-        (contract, _), _ = params["dimension_numbers"]
-        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
-    if eqn.primitive is primitives.quantized_dot_general_p:
-        contract = params["dimension_numbers"][0][0 if params["weight_side"] == "rhs" else 1]
-        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
     if "ragged_dot_dimension_numbers" in params:
-        numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in numbers[0][0])
-    # A convolution: the kernel's elements for each output, its output features counted once.
-    kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
-    features = kernel[numbers.rhs_spec[0]]
-    return 2 * out * math.prod(kernel) // max(features, 1)
+        contract = params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][0]
+    elif "window_strides" not in params:
+        side = 1 if params.get("weight_side") == "lhs" else 0
+        contract = params["dimension_numbers"][0][side]
+    else:  # a convolution: the kernel's elements for each output, output features counted once
+        kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
+        return 2 * out * math.prod(kernel) // max(kernel[numbers.rhs_spec[0]], 1)
+    return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contract)

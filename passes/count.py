@@ -17,7 +17,8 @@ from jax.extend.core import primitives as jp
 from jaxquant.core import _compat, primitives
 from jaxquant.passes.edit_jaxpr import bodies
 
-_PRODUCTS = frozenset(
+#: Primitives that multiply and sum.
+PRODUCTS = frozenset(
     {
         jp.conv_general_dilated_p,
         jp.dot_general_p,
@@ -65,7 +66,7 @@ def _count(jaxpr: Any) -> _Raw:
     names: collections.Counter[str] = collections.Counter()
     totals = [0, 0, 0]
     for eqn in jaxpr.eqns:
-        own = [int(eqn.primitive in _PRODUCTS), *_quantized(eqn)]
+        own = [int(eqn.primitive in PRODUCTS), *_quantized(eqn)]
         names[eqn.primitive.name] += 1
         inner = [_count(body) for body in bodies(eqn)]
         if eqn.primitive is jp.cond_p:

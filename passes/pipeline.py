@@ -13,6 +13,7 @@ import jax
 from jaxquant.core import _compat
 from jaxquant.core.qtensor import QTensor
 from jaxquant.passes.events import Event
+from jaxquant.passes.fuse_siblings import FuseSiblings
 from jaxquant.passes.insert_scales import InsertScales
 from jaxquant.passes.pass_manager import Pass
 from jaxquant.passes.program import Program
@@ -35,6 +36,7 @@ def quantizing_passes(
     return (
         InsertScales(weights, strict=strict, on_event=on_event),
         ShareActivationQuant(),
+        FuseSiblings(),
     )
 
 

@@ -96,8 +96,23 @@ def test_cost_counts_bytes_and_operations():
     assert cost.after.weight_bytes == 5 * (16 * 16 + 16 * 4)
     assert cost.before.operations == cost.after.operations == 5 * 2 * 4 * 16 * 16
     assert cost.before.activation_bytes == cost.after.activation_bytes == 5 * 2 * 4 * 16 * 4
-    assert cost.before.products == 5
+    assert (cost.before.launches, cost.before.quantizations) == (5, 0)
     assert cost.bytes_ratio == 4160 / 7680
+
+
+def test_cost_of_shared_and_fused_products():
+    def fn(p, x):
+        return (x @ p["q"]) * (x @ p["k"])
+
+    params = {"q": jnp.ones((16, 8)), "k": jnp.ones((16, 8))}
+    q = jq.ptq(jq.quantize("w8a8")(fn), params, X)
+    cost = jq.compile(fn, q, X).cost()
+    assert (cost.before.launches, cost.after.launches, cost.after.quantizations) == (2, 1, 1)
+    assert cost.after.operations == cost.before.operations == 2 * 2 * 4 * 16 * 8
+    assert cost.after.weight_bytes == 2 * (16 * 8 + 8 * 4)
+    codes, scales, out = 4 * 16, 4 * 4, 2 * 4 * 8 * 4
+    read_once = 4 * 16 * 4 + codes + scales  # the floats are read, codes and scales written
+    assert cost.after.activation_bytes == read_once + codes + scales + out
 
 
 def test_nnx_modules_use_their_present_state():
