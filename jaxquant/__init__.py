@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jaxquant.algorithms.compiled import compile as compile
     from jaxquant.algorithms.explain import explain as explain
     from jaxquant.algorithms.ptq import ptq as ptq
+    from jaxquant.algorithms.transforms.rotate import rotate as rotate
+    from jaxquant.algorithms.transforms.smooth import smooth as smooth
     from jaxquant.core.qtensor import QTensor as QTensor
     from jaxquant.core.qtypes import QType as QType
     from jaxquant.core.qtypes import get_qtype as get_qtype
@@ -48,6 +50,8 @@ _EXPORTS = {
     "compile": "jaxquant.algorithms.compiled",
     "explain": "jaxquant.algorithms.explain",
     "ptq": "jaxquant.algorithms.ptq",
+    "rotate": "jaxquant.algorithms.transforms.rotate",
+    "smooth": "jaxquant.algorithms.transforms.smooth",
     "QTensor": "jaxquant.core.qtensor",
     "QType": "jaxquant.core.qtypes",
     "get_qtype": "jaxquant.core.qtypes",
