@@ -6,6 +6,7 @@ into another. Times come from :mod:`jaxquant.evaluate.latency`: interleaved, blo
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -13,9 +14,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "qwix")
@@ -47,11 +50,47 @@ def summary_line(figure: str, to_reach: str, jaxquant: str, qwix: str) -> dict[s
     return {"figure": figure, "to reach": to_reach, "jaxquant": jaxquant, "Qwix": qwix}
 
 
-def in_own_process(name: str, quick: bool) -> Figure:
-    """Runs the figure `name` in a fresh Python and returns it."""
-    command = [sys.executable, "-m", "benchmarks.spine", "--in-process", name]
+def main(
+    module: str,
+    figures: Mapping[str, Callable[[bool], Figure]],
+    timed: Collection[str],
+    title: str,
+) -> None:
+    """The command line of a set of figures: runs those asked for and writes the results.
+
+    Args:
+      module: the module that calls; `python -m` runs it.
+      figures: by name; each is told whether to be quick.
+      timed: names of those that are run twice. The others have no noise.
+      title: results go to results/TITLE-jax-VERSION.json and .md.
+    """
+    parser = argparse.ArgumentParser(description=f"Measures the figures of {title}.")
+    parser.add_argument("--only", nargs="+", choices=figures, default=list(figures))
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes; checks the script itself"
+    )
+    parser.add_argument("--in-process", choices=figures, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.in_process:
+        figure = figures[args.in_process](args.quick)
+        print(json.dumps(dataclasses.asdict(figure)))
+        return
+    runs: dict[str, list[Figure]] = {}
+    for name in args.only:
+        count = 1 + (name in timed)
+        runs[name] = [_in_own_process(module, name, args.quick) for _ in range(count)]
+        print("\n".join(table(runs[name][0].rows)))
+        print([figure.met for figure in runs[name]], flush=True)
+    if args.quick:
+        return
+    for path in _write(title, runs, f"python -m {module}"):  # or some of them, with --only
+        print(path)
+
+
+def _in_own_process(module: str, name: str, quick: bool) -> Figure:
+    """Runs a figure in a fresh Python."""
     result = subprocess.run(
-        command + ["--quick"] * quick,
+        [sys.executable, "-m", module, "--in-process", name] + ["--quick"] * quick,
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -110,19 +149,20 @@ def _processor() -> str:
     return platform.machine()
 
 
-def write(name: str, runs: dict[str, list[Figure]], command: str) -> tuple[Path, Path]:
+def _write(title: str, runs: dict[str, list[Figure]], command: str) -> tuple[Path, Path]:
     """Writes all runs as JSON and as markdown; returns both paths.
 
     Figures that were not measured now are kept, if they come from the same environment.
     """
     RESULTS.mkdir(exist_ok=True)
     where = environment()
+    name = f"{title}-jax-{jax.__version__}"
     json_path = RESULTS / f"{name}.json"
     runs = {**_kept(json_path, where), **runs}
     data = {key: [dataclasses.asdict(figure) for figure in all_] for key, all_ in runs.items()}
     record = {"command": command, "environment": where, "figures": data}
     json_path.write_text(json.dumps(record, indent=1) + "\n")
-    lines = ["# Figures of the spine", "", f"`{command}`", ""]
+    lines = [f"# Figures of {title}", "", f"`{command}`", ""]
     lines += [", ".join(f"{key} {value}" for key, value in where.items()), ""]
     lines += ["Times and memory are measured twice, in two processes; both runs are shown.", ""]
     for figures in runs.values():

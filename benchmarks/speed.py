@@ -49,7 +49,7 @@ def matmul(quick: bool) -> Figure:
     }
     exact = calls["float32"]()
     errors = {name: _relative(call(), exact) for name, call in list(calls.items())[:3]}
-    table, times = _race(calls, "float32", quick)
+    table, times = race(calls, "float32", quick)
     for row in table:
         row["relative error"] = errors.get(row["what"])
     faster, theirs_faster = (_faster(times, n) for n in ("jaxquant w8a8", "Qwix w8a8"))
@@ -100,7 +100,7 @@ def forward(quick: bool) -> Figure:
     theirs = jax.jit(theirs)
     calls[_QWIX_SAME] = lambda: theirs(tree, tokens)
 
-    table, times = _race(calls, "float32", quick)
+    table, times = race(calls, "float32", quick)
     dots, dots_q = _weight_dots(model.config, rows * length, quick)
     whole = times["float32"].median_s
     rest = whole - dots
@@ -194,7 +194,7 @@ def _trace_time(model: Any, variables: Any, tokens: jax.Array) -> float:
     return time.perf_counter() - start
 
 
-def _race(
+def race(
     calls: dict[str, Callable[[], Any]], baseline: str, quick: bool, seconds: float = 45
 ) -> tuple[list[dict[str, Any]], dict[str, Timing]]:
     """Times compiled calls against each other: table rows, and timings by name."""
@@ -233,7 +233,7 @@ def _weight_dots(config: Any, rows: int, quick: bool) -> tuple[float, float]:
         w = jax.random.normal(jax.random.key(1), (inner, outer))
         floats = jax.jit(lambda w, x: x @ w)
         bare, bare_w = _bare_int8(w)
-        _, times = _race(
+        _, times = race(
             {"f": lambda: floats(w, x), "q": lambda: bare(bare_w, x)},  # noqa: B023
             "f",
             quick,
