@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.core._compat import explicit_sharding
 from jaxquant.core.blocks import broadcast_blocks
 from jaxquant.core.codes import code_values
 from jaxquant.core.invariants import check_codes, check_scales
@@ -135,9 +136,18 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The float array it stands for, computed in float32 (or wider) and cast to `dtype`.
 
-        Shape: `self.shape`. Plain JAX operations, so it works under any transformation.
+        Shape: `self.shape`. Plain JAX operations, so it works under any transformation. On an
+        explicit mesh the result has the sharding type of the codes.
         """
-        scale = self.scale.dequantize() if isinstance(self.scale, QTensor) else self.scale
+        if not isinstance(self.codes, jax.Array):  # what restore or device_get gave for NumPy
+            return self._dequantized()
+        sharding = explicit_sharding(jax.typeof(self.codes))
+        if sharding is None:
+            return self._dequantized()
+        return jax.sharding.auto_axes(QTensor._dequantized, out_sharding=sharding)(self)
+
+    def _dequantized(self) -> jax.Array:
+        scale = self.scale._dequantized() if isinstance(self.scale, QTensor) else self.scale
         compute = jnp.promote_types(jnp.float32, self.dtype)
         values = code_values(self.unpacked_codes(), self.qtype, compute)
         if self.zero_point is not None:

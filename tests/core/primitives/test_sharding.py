@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.core.primitives import dequantize, quantized_dot_general
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.quantize_array import quantize_array
 from jaxquant.core.schemes import ActScheme
 from tests.pallas_kernels import dot_oracle as oracle
@@ -79,6 +80,21 @@ def test_gradient_keeps_the_sharding_type(kind):
         oracle.assert_close(jax.device_get(got), want)
         if kind is AxisType.Explicit:
             assert jax.typeof(got).sharding.spec == P("data", None)
+
+
+@pytest.mark.parametrize(
+    ("qtype", "block"), [("int4", (16, 1)), ("nvfp4", (16, 1)), ("int3", (64, 1))], ids=str
+)
+def test_the_method_dequantize_keeps_the_sharding_type(qtype, block):
+    mesh = _mesh(AxisType.Explicit)
+    w = _weight(qtype, None, block)
+    for spec in (P("data", "model"), P("model", None)):
+        placed = _placed(w, mesh, spec)
+        for run in (QTensor.dequantize, jax.jit(QTensor.dequantize)):
+            with jax.set_mesh(mesh):
+                got = run(placed)
+            assert jax.typeof(got).sharding.spec == spec
+            np.testing.assert_array_equal(got, w.dequantize())
 
 
 def test_explicit_out_sharding():
