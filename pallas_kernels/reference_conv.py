@@ -10,6 +10,7 @@ functions are linear in x.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,6 +89,7 @@ def conv_general_dilated(
     dimension_numbers: lax.ConvDimensionNumbers,
     out_dtype: jax.typing.DTypeLike,
     act: ActQuant | None = None,
+    quantized_x: Sequence[jax.Array] = (),
     **params: Any,
 ) -> jax.Array:
     """`lax.conv_general_dilated(x, w)` for `w = (values - zero_point) * scale`.
@@ -102,6 +104,7 @@ def conv_general_dilated(
       out_dtype: dtype of the result.
       act: how x becomes codes: with one scale an image (all axes but the batch share it) or one in
         all. Padding is code 0, which is exact. None leaves x as it is.
+      quantized_x: codes and scale that x was already quantized to by `act`.
       **params: the rest of lax.conv_general_dilated's arguments, without
         preferred_element_type.
 
@@ -117,7 +120,7 @@ def conv_general_dilated(
     def multiply(x: jax.Array, w: jax.Array, sums: Any) -> jax.Array:
         return lax.conv_general_dilated(x, w, preferred_element_type=sums, **params)
 
-    x, x_scale = _quantized(x, act, input_scale, method)
+    x, x_scale = _quantized(x, act, input_scale, method, quantized_x)
     out = _multiply(multiply, method, x, values, scale, zero_point, x_scale)
     if x_scale is not None:
         per_image = [1] * out.ndim
@@ -141,6 +144,7 @@ def ragged_dot_general(
     *,
     out_dtype: jax.typing.DTypeLike,
     act: ActQuant | None = None,
+    quantized_x: Sequence[jax.Array] = (),
     **params: Any,
 ) -> jax.Array:
     """`lax.ragged_dot_general(x, w, group_sizes)` for `w = (values - zero_point) * scale`.
@@ -158,6 +162,7 @@ def ragged_dot_general(
       out_dtype: dtype of the result.
       act: how x becomes codes: with one scale a row in the plain form, or one in all. None leaves
         x as it is.
+      quantized_x: codes and scale that x was already quantized to by `act`.
       **params: the rest of lax.ragged_dot_general's arguments, without preferred_element_type.
 
     Returns:
@@ -171,7 +176,7 @@ def ragged_dot_general(
     def multiply(x: jax.Array, w: jax.Array, sums: Any) -> jax.Array:
         return lax.ragged_dot_general(x, w, group_sizes, preferred_element_type=sums, **params)
 
-    x, x_scale = _quantized(x, act, input_scale, method)
+    x, x_scale = _quantized(x, act, input_scale, method, quantized_x)
     out = _multiply(multiply, method, x, values, scale, zero_point, x_scale)
     if x_scale is not None:
         out = out * (x_scale if plain else x_scale.reshape(()))
@@ -187,7 +192,11 @@ def ragged_dot_general(
 
 
 def _quantized(
-    x: jax.Array, act: ActQuant | None, input_scale: jax.Array | None, method: LinearMethod
+    x: jax.Array,
+    act: ActQuant | None,
+    input_scale: jax.Array | None,
+    method: LinearMethod,
+    quantized_x: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array | None]:
     """What is multiplied in the place of x, and its scale."""
     if act is None:
@@ -200,7 +209,7 @@ def _quantized(
                 "static scale for its whole input"
             )
         static = input_scale.reshape((1,) * x.ndim)
-    codes, x_scale = quantize_activation(x, act, static)
+    codes, x_scale = quantized_x or quantize_activation(x, act, static)
     return codes if method is LinearMethod.INT8 else codes.astype(x.dtype), x_scale
 
 

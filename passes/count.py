@@ -83,9 +83,7 @@ def _count(jaxpr: Any) -> _Raw:
 def _quantized(eqn: Any) -> tuple[int, int]:
     """How many activations an equation quantizes, and their bytes."""
     x = eqn.invars[0].aval if eqn.invars else None
-    implicit = eqn.primitive is primitives.quantized_dot_general_p and (
-        eqn.params["act"] is not None and not eqn.params["x_quantized"]
-    )
+    implicit = eqn.params.get("act") is not None and not eqn.params.get("x_quantized", True)
     if not implicit and eqn.primitive is not primitives.quantize_activation_p:
         return 0, 0
     return 1, x.size * x.dtype.itemsize  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ Inputs of a single product become explicit as well: one form for the passes behi
 `elide_roundtrips`, `lower_to_kernels`), for one equation more. What stays implicit, and why:
 
 * a static scale that is not one number for the input (experts with scales of their own);
+* products of two activations (attention): their scales are their own;
 * static scales are shared only if they are one array. Scales that were calibrated apart for query,
   key and value are equal in practice, but nothing in the program says so; and without a range to be
   measured, quantizing again is one rounding that XLA fuses;
@@ -36,11 +37,21 @@ from jax.extend.core import primitives as jp
 from jaxquant.core import _compat, primitives
 from jaxquant.core.primitives.activation import scale_dtype
 from jaxquant.core.primitives.weights import bind_leaves, unflatten
+from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.passes.activation_moves import WHOLE, before, canonical, replay, representatives
 from jaxquant.passes.edit_jaxpr import apply, edit, is_var, new_eqn, replace_eqns
 from jaxquant.passes.pass_manager import Pass, PassResult
 from jaxquant.passes.program import Program
+
+#: Products that quantize their input, unless they are given its codes.
+QUANTIZING = frozenset(
+    {
+        primitives.quantized_conv_general_dilated_p,
+        primitives.quantized_dot_general_p,
+        primitives.quantized_ragged_dot_p,
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +126,12 @@ def _share(jaxpr: Any, notes: list[str]) -> Any:
 
 
 def _request(eqn: Any, producers: dict[Any, Any], first: dict[Any, Any]) -> Request | None:
-    if eqn.primitive is not primitives.quantized_dot_general_p:
+    if eqn.primitive not in QUANTIZING:
         return None
     x, act = eqn.invars[0], eqn.params["act"]
     if act is None or eqn.params["x_quantized"] or not is_var(x) or not x.aval.shape:
         return None
-    w = unflatten(eqn.params["tree"], eqn.invars[1:])
+    w, _ = _operands(eqn)
     static_scale = w.input_scale if act.static else None
     if static_scale is not None and static_scale.aval.size != 1:
         return None
@@ -181,11 +192,21 @@ def _quantize(node: Node, request: Request, user: Any) -> list[Any]:
 
 def _given(eqn: Any, codes: Any, scale: Any) -> Any:
     """The product with codes and scale as operands."""
-    w = unflatten(eqn.params["tree"], eqn.invars[1:])
-    leaves, tree = jax.tree_util.tree_flatten(bind_leaves(w))
+    w, extras = _operands(eqn)
+    w = bind_leaves(w)
+    leaves, tree = jax.tree_util.tree_flatten(w if extras is None else (w, *extras))
     params = {**eqn.params, "tree": tree, "x_quantized": True}
     invars = [eqn.invars[0], codes, scale, *leaves]
     return new_eqn(invars, eqn.outvars, eqn.primitive, params, like=eqn)
+
+
+def _operands(eqn: Any) -> tuple[QTensor, tuple[Any, ...] | None]:
+    """The weight of a product that quantizes for itself, and what the product takes besides.
+
+    The dot takes a weight only; the others have a tuple of operands.
+    """
+    operands = unflatten(eqn.params["tree"], eqn.invars[1:])
+    return (operands[0], operands[1:]) if isinstance(operands, tuple) else (operands, None)
 
 
 def _note(place: Node, users: Sequence[Any]) -> str:

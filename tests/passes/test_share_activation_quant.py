@@ -119,6 +119,62 @@ def test_every_way_of_using_a_weight(case):
         assert_same(gradient(shared, inputs), gradient(program, inputs))
 
 
+def _experts(p, x, sizes):
+    rows = x.reshape(12, 16)
+    gate = jax.lax.ragged_dot(rows, p["gate"], sizes)
+    return jax.nn.silu(gate) * jax.lax.ragged_dot(rows, p["up"], sizes)
+
+
+def _two_kernels(p, x):
+    image = x.reshape(2, 6, 4, 4)
+    return [
+        jax.lax.conv_general_dilated(
+            image, p[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        for name in ("near", "far")
+    ]
+
+
+@pytest.mark.parametrize("act", [ActScheme(), ActScheme(granularity="tensor")], ids=str)
+def test_ragged_dots_share(act):
+    tree = {n: weight(k, 3, 16, 8, axes=(1,), act=act) for k, n in enumerate(("gate", "up"))}
+    sizes = jnp.array([3, 0, 9])
+    check(_experts, tree, X, sizes, before=2, after=1)
+    program, inputs = quantized(_experts, tree, X, sizes)
+    shared = apply(program, SHARE)
+    both = jnp.stack([X, 2 * X])
+    outs = [
+        jax.vmap(lambda x, p=p: evaluate(p, [*inputs[:-2], x, sizes]))(both)
+        for p in (shared, program)
+    ]
+    np.testing.assert_allclose(outs[0][0], outs[1][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "act", [ActScheme(), ActScheme(granularity="tensor"), ActScheme(mode="static")], ids=str
+)
+def test_convolutions_share(act):
+    tree = {
+        name: weight(k, size, size, 4, 8, axes=(0, 1, 2), act=act)
+        for k, (name, size) in enumerate({"near": 1, "far": 3}.items())
+    }
+    static = act.mode == "static"
+    if static:
+        tree = {n: w.replace(input_scale=jnp.full((1,) * 4, 0.02)) for n, w in tree.items()}
+    check(_two_kernels, tree, X, before=2, after=2 if static else 1)
+    program, inputs = quantized(_two_kernels, tree, X)
+    shared = apply(program, SHARE)
+    both = jnp.stack([X, 2 * X], axis=1)
+    outs = [
+        jax.vmap(lambda x, p=p: evaluate(p, [*inputs[:-1], x]), 1)(both) for p in (shared, program)
+    ]
+    for got, want in zip(*outs, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    batched = jax.make_jaxpr(jax.vmap(lambda x: evaluate(shared, [*inputs[:-1], x]), 1))(both)
+    if act.granularity == "token" or static:  # the mapped axis joins the batch
+        assert count(batched).primitives["quantized_conv_general_dilated"] == 2
+
+
 # -- the same value in another shape ---------------------------------------------------------
 
 A, B = weight(4, 16, 8), weight(5, 16, 8)

@@ -7,6 +7,7 @@ conv_general_dilated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 from jax.extend.core import primitives as jp
 from jax.interpreters import batching
 
+from jaxquant.core.primitives.dot import split_operands
 from jaxquant.core.primitives.linear import (
     bind_linear,
     float_parameters,
@@ -83,6 +85,7 @@ def _compute(
     w: QTensor,
     *,
     act: ActQuant | None,
+    quantized_x: Sequence[jax.Array],
     preferred_element_type: Any,
     out_sharding: Any = None,
     **params: Any,
@@ -90,7 +93,9 @@ def _compute(
     del out_sharding  # the output's aval has it
     dtype = result_dtype(x, w, preferred_element_type)
     parts = (*reference_parts(w), w.input_scale)
-    return reference_conv.conv_general_dilated(x, *parts, out_dtype=dtype, act=act, **params)
+    return reference_conv.conv_general_dilated(
+        x, *parts, out_dtype=dtype, act=act, quantized_x=quantized_x, **params
+    )
 
 
 quantized_conv_general_dilated_p = make_linear_primitive(
@@ -99,23 +104,32 @@ quantized_conv_general_dilated_p = make_linear_primitive(
 _inline_batch = batching.fancy_primitive_batchers[quantized_conv_general_dilated_p]
 
 
-def _batch(axis_data: Any, args: Any, dims: Any, *, tree: Any, **params: Any) -> Any:
-    x, *leaves = args
-    x_dim, *leaf_dims = dims
+def _batch(
+    axis_data: Any, args: Any, dims: Any, *, tree: Any, x_quantized: bool, **params: Any
+) -> Any:
+    x, quantized, leaves = split_operands(args, x_quantized)
+    x_dim, quantized_dims, leaf_dims = split_operands(dims, x_quantized)
     alone = all(d is None for d in leaf_dims) and params.get("out_sharding") is None
     act = params["act"]
     shared = act is not None and not act.static and len(act.reduce_axes) == jnp.ndim(x) - 1
     # One dynamic scale for all of x is one for each of the mapped ones.
     if x_dim is None or not alone or params["batch_group_count"] != 1 or shared:
-        return _inline_batch(axis_data, args, dims, tree=tree, **params)
+        return _inline_batch(axis_data, args, dims, tree=tree, x_quantized=x_quantized, **params)
     # The mapped axis joins the batch, as its major part.
     numbers = params["dimension_numbers"]
     into, out_of = numbers.lhs_spec[0], numbers.out_spec[0]
-    x = jnp.moveaxis(x, x_dim, into)
-    size, batch = x.shape[into : into + 2]
-    x = x.reshape(*x.shape[:into], size * batch, *x.shape[into + 2 :])
+    size = axis_data.size
+    batch = jnp.moveaxis(x, x_dim, 0).shape[into + 1]
+
+    def fold(part: jax.Array, dim: int | None) -> jax.Array:
+        if dim is None:
+            return part  # a scale that was given: one for all
+        part = jnp.moveaxis(part, dim, into)
+        return part.reshape(*part.shape[:into], -1, *part.shape[into + 2 :])
+
+    x, *quantized = map(fold, (x, *quantized), (x_dim, *quantized_dims))
     (w,) = unflatten_all(tree, leaves)
-    out = bind_linear(quantized_conv_general_dilated_p, x, w, **params)
+    out = bind_linear(quantized_conv_general_dilated_p, x, w, quantized_x=quantized, **params)
     return out.reshape(*out.shape[:out_of], size, batch, *out.shape[out_of + 1 :]), out_of
 
 

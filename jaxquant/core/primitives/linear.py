@@ -8,7 +8,7 @@ and batching rules. With one, gradients pass it straight through. `conv.py` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from jaxquant.core import _compat
+from jaxquant.core.primitives.dot import check_quantized, split_operands
 from jaxquant.core.primitives.weights import (
     batch_in_front,
     bind_leaves,
@@ -33,13 +34,14 @@ def make_linear_primitive(
     *,
     batch_together: bool = False,
 ) -> Any:
-    """A primitive over `(x, *leaves of w, *extras)`.
+    """A primitive over `(x, *leaves of w, *extras)`, or with codes and scale of x behind x.
 
     Args:
       name: its name.
       float_primitive: the primitive of `(x, w, *extras)` that it stands for; has the same
-        parameters, but for `act`.
-      compute: `(x, w, *extras, act, **parameters)` to the result, linear in x if `act` is None.
+        parameters, but for `act` and `x_quantized`.
+      compute: `(x, w, *extras, act, quantized_x, **parameters)` to the result, linear in x if
+        `act` is None; `quantized_x` is nothing, or x's codes and scale.
       batch_together: vmap gives every operand a leading batch axis before it batches `compute`.
         JAX's ragged dot can be batched in no other way.
 
@@ -48,24 +50,30 @@ def make_linear_primitive(
     """
     primitive = _compat.make_primitive(name)
 
-    def flat(x: jax.Array, *leaves: jax.Array, tree: Any, **params: Any) -> jax.Array:
+    def flat(*args: jax.Array, tree: Any, x_quantized: bool, **params: Any) -> jax.Array:
+        x, quantized, leaves = split_operands(args, x_quantized)
         w, *extras = unflatten_all(tree, leaves)
-        return compute(x, w, *extras, **params)
+        return compute(x, w, *extras, quantized_x=quantized, **params)
 
     def abstract_eval(
-        x: Any, *leaves: Any, tree: Any, act: ActQuant | None, **params: Any
+        *args: Any, tree: Any, act: ActQuant | None, x_quantized: bool, **params: Any
     ) -> Any:
+        x, quantized, leaves = split_operands(args, x_quantized)
+        check_quantized(x, quantized, act)
         w, *extras = unflatten_all(tree, leaves)
         return float_primitive.abstract_eval(x, logical_aval(w), *extras, **params)[0]
 
-    def jvp(primals: Any, tangents: Any, *, tree: Any, **params: Any) -> tuple[Any, Any]:
-        x_tangent, *leaf_tangents = tangents
+    def jvp(
+        primals: Any, tangents: Any, *, tree: Any, x_quantized: bool, **params: Any
+    ) -> tuple[Any, Any]:
+        x_tangent, _, leaf_tangents = split_operands(tangents, x_quantized)
+        _, _, leaves = split_operands(primals, x_quantized)
         refuse_gradient(name, tree, leaf_tangents)
-        out = primitive.bind(*primals, tree=tree, **params)
+        out = primitive.bind(*primals, tree=tree, x_quantized=x_quantized, **params)
         if not _compat.has_tangent(x_tangent):
             return out, _compat.zero_tangent(out)
-        params["act"] = None
-        return out, primitive.bind(x_tangent, *primals[1:], tree=tree, **params)
+        params |= {"act": None, "x_quantized": False}
+        return out, primitive.bind(x_tangent, *leaves, tree=tree, **params)
 
     def transpose(cotangent: Any, x: Any, *leaves: Any, tree: Any, **params: Any) -> list[Any]:
         if params["act"] is not None:
@@ -80,20 +88,21 @@ def make_linear_primitive(
         return [x_bar] + [None] * len(leaves)
 
     def batch(
-        axis_data: Any, args: Any, dims: Any, *, tree: Any, **params: Any
+        axis_data: Any, args: Any, dims: Any, *, tree: Any, x_quantized: bool, **params: Any
     ) -> tuple[jax.Array, int]:
-        x, *leaves = args
-        x_dim, *leaf_dims = dims
+        x, quantized, leaves = split_operands(args, x_quantized)
+        x_dim, quantized_dims, leaf_dims = split_operands(dims, x_quantized)
         leaves, leaf_dims = _equalize(tree, leaves, leaf_dims, axis_data.size)
+        operands, at = (x, *quantized, *leaves), (x_dim, *quantized_dims, *leaf_dims)
         if batch_together:
-            pairs = zip((x, *leaves), (x_dim, *leaf_dims), strict=True)
-            x, *leaves = (_leading(part, dim, axis_data.size) for part, dim in pairs)
-            x_dim, leaf_dims = 0, [0] * len(leaves)
+            pairs = zip(operands, at, strict=True)
+            operands = tuple(_leading(part, dim, axis_data.size) for part, dim in pairs)
+            at = (0,) * len(operands)
 
-        def one(x: jax.Array, *leaves: jax.Array) -> jax.Array:
-            return flat(x, *leaves, tree=tree, **params)
+        def one(*operands: jax.Array) -> jax.Array:
+            return flat(*operands, tree=tree, x_quantized=x_quantized, **params)
 
-        return jax.vmap(one, (x_dim, *leaf_dims), axis_size=axis_data.size)(x, *leaves), 0
+        return jax.vmap(one, at, axis_size=axis_data.size)(*operands), 0
 
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, _compat.lower_without_shardings(flat))
@@ -104,22 +113,30 @@ def make_linear_primitive(
 
 
 def bind_linear(
-    primitive: Any, x: jax.Array, w: QTensor, *extras: Any, act: ActQuant | None, **params: Any
+    primitive: Any,
+    x: jax.Array,
+    w: QTensor,
+    *extras: Any,
+    act: ActQuant | None,
+    quantized_x: Sequence[jax.Array] = (),
+    **params: Any,
 ) -> jax.Array:
     """Binds a primitive made here; `act` says what happens to x, whatever the weight says.
+
+    Codes and scale of x that are given already are `quantized_x`.
 
     Raises:
       ValueError: a static activation scheme without input_scale.
     """
-    static = act is not None and act.static
+    static = act is not None and act.static and not quantized_x
     if static and w.input_scale is None:
         raise ValueError(
             f"the weight's activation scheme is static ({w.act}), but it has no input_scale: "
             "quantize with calibration batches, or use a dynamic scheme"
         )
     leaves, tree = jax.tree.flatten((bind_leaves(w, keep_input_scale=static), *extras))
-    x, *leaves = _compat.match_varying(x, *leaves)
-    return primitive.bind(x, *leaves, tree=tree, act=act, **params)
+    operands = _compat.match_varying(x, *quantized_x, *leaves)
+    return primitive.bind(*operands, tree=tree, act=act, x_quantized=bool(quantized_x), **params)
 
 
 def float_parameters(fn: Callable[..., Any], *operands: Any) -> dict[str, Any]:

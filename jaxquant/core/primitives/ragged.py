@@ -6,6 +6,7 @@ ragged dots. Called by the rewriter's rule for ragged_dot_general.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -91,6 +92,7 @@ def _compute(
     group_sizes: jax.Array,
     *,
     act: ActQuant | None,
+    quantized_x: Sequence[jax.Array],
     preferred_element_type: Any,
     out_sharding: Any = None,
     **params: Any,
@@ -100,7 +102,7 @@ def _compute(
     x = x.astype(jnp.promote_types(x.dtype, w.dtype))
     parts = (*reference_parts(w), w.input_scale)
     return reference_conv.ragged_dot_general(
-        x, *parts, group_sizes, out_dtype=dtype, act=act, **params
+        x, *parts, group_sizes, out_dtype=dtype, act=act, quantized_x=quantized_x, **params
     )
 
 
