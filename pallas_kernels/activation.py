@@ -1,9 +1,10 @@
 """Quantization of activations: one cheap pass from floats to codes and scales.
 
-Called by the reference and by kernels that take quantized inputs; plain arrays in and out. The
-ops emitted depend only on `x`, the scheme and the axes, never on the weight, so that XLA's
-common-subexpression elimination quantizes an input once for all dots that share it (Q, K and V;
-gate and up). Keep it so: nothing of the weight's shape may enter here.
+Called by the `quantize_activation` primitive, by the reference where a product is given floats, and
+by kernels that take quantized inputs; plain arrays in and out. The ops emitted depend only on `x`,
+the scheme and the axes, never on the weight: so one result can serve all dots that share an input
+(Q, K and V; gate and up), by a pass or by XLA's common-subexpression elimination. Keep it so:
+nothing of the weight's shape may enter here.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_in_bodies():
 
     tree = {"w": weight(5, 3, 16, 16, axes=(1,))}
     program, inputs = quantized(fn, tree, X)
-    elided = apply(program, SHARE, FuseSiblings(), ELIDE)
+    elided = apply(program, SHARE, ELIDE, FuseSiblings())
     assert (quantizations(program), quantizations(elided)) == (6, 3)
     assert_same(run(elided, inputs), run(program, inputs))
     np.testing.assert_allclose(
