@@ -62,10 +62,10 @@ class WeightScheme:
         _check_percentile(self.percentile)
         _choose("scale_dtype", self.scale_dtype, Literal["float32", "bfloat16", "float16"])
         if self.granularity == "group":
-            given = self.group_size
-            if given is not None and (type(given) is not int or given < 1):
-                raise ValueError(f"group_size={given!r} must be an integer of at least 1")
-            size = self.group_size or default or DEFAULT_GROUP_SIZE
+            size = self.group_size
+            if size is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"group_size={size!r} must be an integer of at least 1")
+            size = size or default or DEFAULT_GROUP_SIZE
             object.__setattr__(self, "group_size", size)
         elif self.group_size is not None:
             raise ValueError(

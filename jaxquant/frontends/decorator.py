@@ -37,9 +37,9 @@ def quantize(target: Any = None) -> Any:
     undecorated model, and a Linen module that was bound by hand, is traced at every eager call:
     call those inside `jax.jit`.
 
-    The submodules of a decorated model are not decorated themselves. One that is called from outside
-    (``model.bind(variables).encoder(x)``, or ``model.encoder(x)`` in NNX) meets the QTensors: call
-    it in a method of the model (``model.apply(variables, x, method=...)``), or decorate it too.
+    The submodules of a decorated model are not decorated themselves. One that is called from
+    outside (``model.bind(variables).encoder(x)``, or ``model.encoder(x)`` in NNX) meets the
+    QTensors: call it in a method (``model.apply(variables, x, method=...)``), or decorate it too.
 
     Args:
       target: a preset's name, a `Recipe`, or None for "w8a8": returns the decorator. Or the class,
