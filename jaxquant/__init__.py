@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jaxquant.algorithms.compiled import compile as compile
     from jaxquant.algorithms.explain import explain as explain
     from jaxquant.algorithms.ptq import ptq as ptq
+    from jaxquant.algorithms.qat import qat as qat
+    from jaxquant.algorithms.transforms.explain_folds import explain_folds as explain_folds
     from jaxquant.algorithms.transforms.rotate import rotate as rotate
     from jaxquant.algorithms.transforms.smooth import smooth as smooth
     from jaxquant.core.qtensor import QTensor as QTensor
@@ -50,6 +52,8 @@ _EXPORTS = {
     "compile": "jaxquant.algorithms.compiled",
     "explain": "jaxquant.algorithms.explain",
     "ptq": "jaxquant.algorithms.ptq",
+    "qat": "jaxquant.algorithms.qat",
+    "explain_folds": "jaxquant.algorithms.transforms.explain_folds",
     "rotate": "jaxquant.algorithms.transforms.rotate",
     "smooth": "jaxquant.algorithms.transforms.smooth",
     "QTensor": "jaxquant.core.qtensor",

@@ -30,7 +30,10 @@ class Histogram(Summed):
     A value that is not finite counts in the last bin, so that no percentile hides it.
     """
 
-    name = "histogram"
+    @property
+    def name(self) -> str:
+        """The name "histogram"."""
+        return "histogram"
 
     def shape(self, use: Operand) -> tuple[int, ...]:
         """The bins."""

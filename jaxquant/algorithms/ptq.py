@@ -13,7 +13,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxquant.algorithms import static_ranges
-from jaxquant.algorithms.calibrate import Call, batch_calls, chain
+from jaxquant.algorithms.calibrate import batch_calls, chain
 from jaxquant.algorithms.planning import assign, require_quantized
 from jaxquant.algorithms.progress import track
 from jaxquant.algorithms.rtn import quantize_weight
@@ -21,8 +21,8 @@ from jaxquant.core import placement
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe
-from jaxquant.passes.abstract_weights import abstract_weight
-from jaxquant.passes.assign_recipe import Assignment, ParamPlan
+from jaxquant.passes.assign_recipe import ParamPlan
+from jaxquant.passes.insert_fake_quant import Steps, check_steps, usable_step
 from jaxquant.passes.make_plan import make_plan
 
 
@@ -31,6 +31,7 @@ def ptq(
     *args: Any,
     recipe: str | Recipe | None = None,
     calibration: Iterable[Any] | None = None,
+    steps: Steps | None = None,
     progress: bool = True,
     strict: bool = False,
     **kwargs: Any,
@@ -46,6 +47,8 @@ def ptq(
       recipe: a preset's name or a `Recipe`, in the place of the decorator's.
       calibration: batches for static activation ranges: each is an array, a tuple of positional
         arguments or a mapping of keyword arguments. Read once, one batch at a time.
+      steps: scales that were trained (`jaxquant.qat`): taken as they are, in the place of those
+        that the recipe's ranges and the calibration would give.
       progress: show a progress bar on a terminal.
       strict: raise `StrictError`, before anything is computed, where a product of a parameter would
         stay float although no rule skips it, or a weight would be dequantized before use.
@@ -75,11 +78,16 @@ def ptq(
     program, assignment = assign(fn, tree, paths, example, chosen)
     if strict:
         require_quantized(make_plan(program, assignment))
-    scales = _input_scales(fn, tree, paths, chain(first, calls), assignment)
     plans = {plan.path: plan for plan in assignment.quantized}
+    if steps is None:
+        scales = static_ranges.input_scales(fn, tree, paths, chain(first, calls), assignment)
+    else:
+        check_steps(steps, plans)
+        scales = {path: own["input"] for path, own in steps.items() if "input" in own}
+    trained = {path: own["weight"] for path, own in (steps or {}).items() if "weight" in own}
     todo = [(i, plans[path]) for i, path in enumerate(paths) if path in plans]
     for i, plan in track(todo, "quantizing", show=progress):
-        weight = _quantize(leaves[i], plan)
+        weight = _quantize(leaves[i], plan, trained.get(plan.path))
         leaves[i] = weight.replace(
             input_scale=scales.get(plan.path), op_rules=assignment.op_rules
         ).validate(plan.path)
@@ -94,30 +102,7 @@ def _refuse_quantized(paths: Sequence[str | None], leaves: Sequence[Any]) -> Non
         )
 
 
-def _input_scales(
-    fn: Any, tree: Any, paths: Sequence[str | None], calls: Iterable[Call], assignment: Assignment
-) -> dict[str, Any]:
-    """The static activation scale of each parameter whose scheme wants one."""
-    plans = [p for p in assignment.quantized if p.act is not None and p.act.mode == "static"]
-    if not plans:
-        return {}
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree_util.tree_leaves(tree)):
-        return {p.path: abstract_weight(p).input_scale for p in plans}
-    acts = {p.path: p.act for p in plans if p.act is not None}
-    statistics = {path: static_ranges.statistic_for(act) for path, act in acts.items()}
-    stats = static_ranges.collect(fn, tree, paths, calls, statistics)
-    unseen = [p.path for p in plans if p.path not in stats]
-    if unseen:
-        raise ValueError(f"no calibration batch reaches the product that {unseen[0]!r} is used in")
-    return {
-        p.path: static_ranges.input_scale(
-            stats[p.path], statistics[p.path], acts[p.path], p.shape, p.layer_axes
-        )
-        for p in plans
-    }
-
-
-def _quantize(leaf: Any, plan: ParamPlan) -> QTensor:
+def _quantize(leaf: Any, plan: ParamPlan, step: Any) -> QTensor:
     """Quantizes one leaf, or says what it would become where only its shape is known."""
     assert plan.scheme is not None and plan.block_shape is not None, plan.path
     weight = quantize_weight(
@@ -127,6 +112,7 @@ def _quantize(leaf: Any, plan: ParamPlan) -> QTensor:
         packed_axis=plan.packed_axis,
         stack_axes=plan.stack_axes,
         act=plan.act,
+        scale=None if step is None else usable_step(step, plan.scheme),
         name=plan.path,
     )
     if not isinstance(leaf, jax.ShapeDtypeStruct):

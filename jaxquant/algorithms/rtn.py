@@ -25,6 +25,7 @@ def quantize_weight(
     packed_axis: int | None = None,
     stack_axes: Sequence[int] | None = None,
     act: ActScheme | None = None,
+    scale: Any = None,
     name: str = "weight",
 ) -> QTensor:
     """Quantizes one weight by rounding to nearest.
@@ -41,6 +42,7 @@ def quantize_weight(
         (`jaxquant.core.quantize_array.choose_packed_axis`).
       stack_axes: axes of layers and experts, where they are known.
       act: what the weight's op does with its input; stored in the result.
+      scale: scales that are chosen already, one a block; None for those of the scheme's range.
       name: parameter name for errors.
 
     Returns:
@@ -57,6 +59,7 @@ def quantize_weight(
             block_shape,
             symmetric=scheme.symmetric,
             range_fn=range_function(scheme),
+            scale=scale,
             scale_dtype=scheme.scale_dtype,
             packed_axis=packed_axis,
             double_quant=scheme.double_quant,

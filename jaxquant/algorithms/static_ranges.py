@@ -12,9 +12,38 @@ import numpy as np
 from jaxquant.algorithms.calibrate import Call, run_batches
 from jaxquant.core.qtypes import get_qtype
 from jaxquant.core.schemes import ActScheme
+from jaxquant.passes.abstract_weights import abstract_weight
+from jaxquant.passes.assign_recipe import Assignment
 from jaxquant.passes.histogram import Histogram, percentile_of_histogram
 from jaxquant.passes.observe_rules import Observe
 from jaxquant.passes.statistics import AbsMax, Statistic
+
+
+def input_scales(
+    fn: Callable[..., Any],
+    tree: Any,
+    paths: Sequence[str | None],
+    calls: Iterable[Call],
+    assignment: Assignment,
+) -> dict[str, Any]:
+    """The static activation scale of each parameter whose scheme wants one."""
+    plans = [p for p in assignment.quantized if p.act is not None and p.act.mode == "static"]
+    if not plans:
+        return {}
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree_util.tree_leaves(tree)):
+        return {p.path: abstract_weight(p).input_scale for p in plans}
+    acts = {p.path: p.act for p in plans if p.act is not None}
+    statistics = {path: statistic_for(act) for path, act in acts.items()}
+    stats = collect(fn, tree, paths, calls, statistics)
+    unseen = [p.path for p in plans if p.path not in stats]
+    if unseen:
+        raise ValueError(f"no calibration batch reaches the product that {unseen[0]!r} is used in")
+    return {
+        p.path: input_scale(
+            stats[p.path], statistics[p.path], acts[p.path], p.shape, p.layer_axes
+        )
+        for p in plans
+    }
 
 
 def statistic_for(act: ActScheme) -> Statistic:

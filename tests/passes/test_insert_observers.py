@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxquant.core import _compat
 from jaxquant.core.names import module_scope
 from jaxquant.passes import PassManager
+from jaxquant.passes.edit_jaxpr import bodies
 from jaxquant.passes.insert_observers import InsertObservers, Observation, check_rules, read
 from jaxquant.passes.observe_rules import STATISTICS, Observe, observe_rules
 from jaxquant.passes.program import trace
@@ -57,7 +58,7 @@ def test_one_product_is_added_for_a_hessian_and_none_for_the_rest():
     def dots(jaxpr):
         inner, _ = _compat.open_jaxpr(jaxpr)
         own = sum(e.primitive is jp.dot_general_p for e in inner.eqns)
-        return own + sum(dots(sub) for e in inner.eqns for sub in _compat.sub_jaxprs(e))
+        return own + sum(dots(sub) for e in inner.eqns for sub in bodies(e))
 
     program = trace(stacked, PARAMS, (X,))
     assert dots(program.jaxpr) == 2

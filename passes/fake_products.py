@@ -1,0 +1,159 @@
+"""`FakeQuantizer`: evaluates a float jaxpr whose weights are values of codes, times scales.
+
+The rules of the rewriter move these QTensors; those here replace its products: the operation stays
+the float one, on a dequantized weight and a fake-quantized input. So a weight is dequantized where
+it is used, inside a scan's body and under its remat. Called by `insert_fake_quant`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as jp
+
+from jaxquant.core import _compat
+from jaxquant.core.blocks import map_blocks
+from jaxquant.core.fake_quant import fake_activation
+from jaxquant.core.primitives.conv import conv_act
+from jaxquant.core.primitives.weights import act_quant
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.structure import Unstructured
+from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.blocks import spread_blocks
+from jaxquant.pallas_kernels.dot_axes import DotAxes, Side
+from jaxquant.pallas_kernels.reference_conv import plain_ragged
+from jaxquant.passes import fake_derivatives
+from jaxquant.passes.control_flow import CONTROL
+from jaxquant.passes.interpreter import Context, Rule, Weight, is_weight, register
+from jaxquant.passes.rewrite import Rewriter
+from jaxquant.passes.rewrite_moves import MOVES
+from jaxquant.passes.weightless import is_attention_product, rule_for
+
+PRODUCTS: dict[Primitive, Rule] = {}
+
+
+def dequantized(w: QTensor) -> jax.Array:
+    """The float weight; differentiable in values and scale."""
+    compute = w.codes.dtype
+    product = map_blocks(lambda v, s: v * s, w.codes, w.scale.astype(compute))
+    return product.astype(w.dtype)
+
+
+@register(PRODUCTS, jp.dot_general_p)
+def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
+    """As the rewriter's: of two weights the one that was looked up is the input."""
+    lhs, rhs = ins
+    if is_weight(lhs) and is_weight(rhs):
+        if rhs.gathered and not lhs.gathered:
+            rhs = dequantized(rhs.value)
+        else:
+            lhs = dequantized(lhs.value)
+    side: Side = "lhs" if is_weight(lhs) else "rhs"
+    weight, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
+    _require_float(x)
+    w, dims = weight.value, ctx.params["dimension_numbers"]
+    if w.act is None or ctx.backward:
+        return _bind(ctx, side, x, dequantized(w))
+    axes = DotAxes.make(dims, x.ndim, w.ndim, side)
+    act = act_quant(w.act, x.ndim, axes.x_contract)
+    static = None
+    if act.static:
+        if any(w.input_scale.shape[a] != 1 for a in axes.w_free):
+            raise Unstructured("its experts have static input scales of their own")
+        static = axes.w_to_x(w.input_scale)
+    values, scale = fake_activation(act, x, static)
+    # Codes are multiplied first and scaled afterwards, as the quantized product does: rounding the
+    # next activation would make a large difference of a small one.
+    if all(w.scale.shape[a] == 1 for a in axes.w_contract):
+        out = _sums(ctx, side, values.astype(x.dtype), w.codes.astype(x.dtype))
+        out = out * axes.w_to_out(spread_blocks(w.scale.astype(out.dtype), w.shape))
+    else:
+        out = _sums(ctx, side, values.astype(x.dtype), dequantized(w).astype(x.dtype))
+    out = out * axes.x_to_out(scale.astype(out.dtype))
+    return [out.astype(ctx.eqn.outvars[0].aval.dtype)]
+
+
+def _bind(ctx: Context, side: Side, x: Any, w: Any) -> list[Any]:
+    return _compat.bind(ctx.eqn, [w, x] if side == "lhs" else [x, w])
+
+
+def _sums(ctx: Context, side: Side, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The product with a result that is float32 or wider."""
+    sums = jnp.promote_types(jnp.float32, x.dtype)
+    params = {**ctx.params, "preferred_element_type": sums}
+    return jp.dot_general_p.bind(*((w, x) if side == "lhs" else (x, w)), **params)
+
+
+@register(PRODUCTS, jp.conv_general_dilated_p)
+def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
+    x, weight = ins
+    if is_weight(x) or not is_weight(weight):
+        raise Unstructured("a weight is the input of a convolution")
+    _require_float(x)
+    w = weight.value
+    if w.act is not None and not ctx.backward:
+        x = _with_one_scale(conv_act(w.act, x.ndim, **ctx.params), x, w)
+    return _compat.bind(ctx.eqn, [x, dequantized(w)])
+
+
+@register(PRODUCTS, _compat.ragged_dot_general_p)
+def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
+    x, weight, *rest = ins
+    if is_weight(x) or not is_weight(weight):
+        raise Unstructured("a weight is the left side of a ragged dot")
+    _require_float(x)
+    w = weight.value
+    if w.act is not None and not ctx.backward:
+        plain = plain_ragged(x, w, rest[0], ctx.params)
+        act = act_quant(w.act, x.ndim, (1,) if plain else range(x.ndim))
+        x = _with_one_scale(act, x, w)
+    return _compat.bind(ctx.eqn, [x, dequantized(w), *rest])
+
+
+def _with_one_scale(act: ActQuant, x: jax.Array, w: QTensor) -> jax.Array:
+    """The input of an operation all of which shares a static scale."""
+    if not act.static:
+        return _floats(act, x)
+    return _floats(act, x, jnp.max(w.input_scale).reshape([1] * x.ndim))
+
+
+def _floats(act: ActQuant, x: jax.Array, static_scale: Any = None) -> jax.Array:
+    values, scale = fake_activation(act, x, static_scale)
+    return (values * scale).astype(x.dtype)
+
+
+def _require_float(x: Any) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise Unstructured(f"the other operand is {x.dtype}, not floating point")
+
+
+class FakeQuantizer(Rewriter):
+    """The rewriter for weights whose codes are floats."""
+
+    rules = MOVES | PRODUCTS
+    control_rules = {**CONTROL, **fake_derivatives.CONTROL}
+
+    def visit(self, ctx: Context, ins: list[Any]) -> list[Any] | None:
+        """Fake-quantizes both operands of a product of two activations if a rule names it."""
+        if not is_attention_product(ctx.eqn, ctx.names) or ctx.backward:
+            return None
+        rule = rule_for(self._op_rules, ctx.names)
+        if rule is None or rule.act is None:
+            return None
+        contract, _ = ctx.params["dimension_numbers"]
+        operands = [
+            _floats(act_quant(rule.act, x.ndim, axes), x)
+            for x, axes in zip(ins, contract, strict=True)
+        ]
+        return _compat.bind(ctx.eqn, operands)
+
+    def to_float(self, ctx: Context, weight: Weight, reason: str) -> Any:
+        """The weight as floats."""
+        return dequantized(weight.value)
+
+    def returned(self, weight: Weight) -> Any:
+        """The weight as floats."""
+        return dequantized(weight.value)
