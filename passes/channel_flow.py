@@ -15,51 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from jaxquant.core.names import innermost_module
 from jaxquant.passes import channel_elementwise as channel_elementwise  # enters its rules
 from jaxquant.passes import channel_structure as channel_structure  # enters its rules
-from jaxquant.passes.channel_graph import (
-    CARRY,
-    EACH,
-    EQUAL,
-    REPEAT,
-    Graph,
-    Node,
-    Value,
-    build_graph,
-)
+from jaxquant.passes.channel_graph import Graph, Node, Value, build_graph
 from jaxquant.passes.channel_labels import Array
 from jaxquant.passes.channel_moves import project
 from jaxquant.passes.channel_products import contracted_axes, product_names, shared_axes
+from jaxquant.passes.channel_proof import ProofStep, proof_step
 from jaxquant.passes.channel_rules import RULES
 from jaxquant.passes.channel_solver import CONTRACT, SAME, Flow, Obstacle, Reason
 from jaxquant.passes.interpreter import Site
 from jaxquant.passes.program import Program
-
-
-@dataclasses.dataclass(frozen=True)
-class ProofStep:
-    """One operation on the way of a factor.
-
-    Attributes:
-      op: the operation.
-      why: why it commutes with the factor.
-      module: path of the module it is in, or "".
-      source: the user's source line.
-    """
-
-    op: str
-    why: str
-    module: str
-    source: str
-
-    def __str__(self) -> str:
-        place = " ".join(x for x in (self.module, self.source and f"at {self.source}") if x)
-        return f"{self.op}: {self.why}" + (f"   [{place}]" if place else "")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -298,24 +267,9 @@ def _steps(flow: Flow, value: Value) -> tuple[ProofStep, ...]:
     while at is not None:
         reason = flow.reasons[at]
         if reason.node is not None:
-            steps.append(_step(reason.node, reason.why))
+            steps.append(proof_step(reason.node, reason.why))
         at = reason.before
     return tuple(steps)
-
-
-def _step(node: Node, why: str) -> ProofStep:
-    module = innermost_module(node.names)
-    source = node.source.rpartition("/")[2]  # of a long path only the file matters
-    op = _WORDS.get(node.kind, str(node.kind))
-    return ProofStep(op, why, module[0] if module else "", source)
-
-
-_WORDS: dict[Any, str] = {
-    EACH: "scan (a slice for each iteration)",
-    REPEAT: "scan (a constant of all iterations)",
-    CARRY: "scan (a carried value)",
-    EQUAL: "branches or loop",
-}
 
 
 def _obstacles(flow: Flow, count: int) -> tuple[str, ...]:
@@ -328,7 +282,7 @@ def _obstacles(flow: Flow, count: int) -> tuple[str, ...]:
 def _told(obstacle: Obstacle) -> str:
     if obstacle.node is None:
         return obstacle.why
-    step = _step(obstacle.node, obstacle.why)
+    step = proof_step(obstacle.node, obstacle.why)
     return str(step)
 
 

@@ -39,10 +39,14 @@ def link(
     flow: Flow, node: Node, a: Value, b: Value, forward: Map, backward: Map, why: str
 ) -> None:
     """Two values whose factors determine each other."""
-    if flow.get(a) is None and (layout := flow.get(b)) is not None:
-        flow.assign(a, backward(layout), Reason(node, b, why))
-    if (layout := flow.get(a)) is not None:
-        flow.assign(b, forward(layout), Reason(node, a, why))
+    for known, other, move in ((b, a, backward), (a, b, forward)):
+        layout = flow.get(known)
+        if layout is None or (known is b and flow.get(a) is not None):
+            continue
+        before = flow.free
+        moved = move(layout)
+        shared = "; channels that it repeats share one factor" if flow.free < before else ""
+        flow.assign(other, moved, Reason(node, known, why + shared))
 
 
 def equal(flow: Flow, node: Node, values: Sequence[Value], why: str) -> None:

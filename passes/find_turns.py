@@ -10,37 +10,22 @@ its own. Called by `rotate`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from jax.extend.core import primitives as jp
 
+from jaxquant.passes import rotation_rules as rotation_rules  # enters its rules
 from jaxquant.passes.channel_flow import ChannelGroup, parameter_group, weight_side
 from jaxquant.passes.channel_graph import Graph, Node, Value, build_graph
 from jaxquant.passes.channel_products import contracted_axes, product_names
+from jaxquant.passes.channel_proof import ProofStep, proof_step
 from jaxquant.passes.interpreter import Site
 from jaxquant.passes.program import Program
 from jaxquant.passes.rotation_flow import Conflict, Spot, Turn
+from jaxquant.passes.turn_cuts import Cut, apply_cuts, place_of, ways_round
 
 _MOST_CUTS = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """Where an explicit rotation goes.
-
-    Attributes:
-      kind: "operand" number ``index`` of an equation, its "result", or "input" or "output" number
-        ``index`` of the program.
-      site: place of the equation; () for inputs and outputs.
-      index: see ``kind``.
-      back: whether it is rotated back, by the transpose.
-    """
-
-    kind: Literal["operand", "result", "input", "output"]
-    site: Site
-    index: int
-    back: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +45,7 @@ class FoundTurn:
 
     role: Literal["stream", "heads", "input"]
     size: int
-    absorbed: tuple[tuple[str, Spot, tuple[str, ...]], ...]
+    absorbed: tuple[tuple[str, Spot, tuple[ProofStep, ...]], ...]
     gains: tuple[tuple[str, ChannelGroup], ...]
     explicit: tuple[tuple[Cut, Spot], ...]
     fixes_ones: bool
@@ -75,11 +60,12 @@ class FoundTurn:
             "input": f"input of {self.size} channels",
         }[self.role]
         lines = [what + (" (the matrix keeps the ones vector)" if self.fixes_ones else "")]
-        lines += [f"  {path}: gain, folded into {group.consumers}" for path, group in self.gains]
+        for path, group in self.gains:
+            lines.append(f"  {path} becomes one, folded into {', '.join(group.consumers)}")
         for path, spot, steps in self.absorbed:
             lines.append(f"  {path} is rotated along axis {spot.dim}")
             lines += [f"    {step}" for step in steps]
-        lines += [f"  explicit: {cut.kind} {cut.site} {cut.index}" for cut, _ in self.explicit]
+        lines += [f"  explicit: {cut}" for cut, _ in self.explicit]
         return "\n".join(lines)
 
 
@@ -151,7 +137,7 @@ class _Finder:
                         turn = Turn().run([(value, spot)])
                     except Conflict:
                         continue
-                    found = self._found("heads", spot.size, self._graph, turn, (), ())
+                    found = self._found("heads", spot.size, self._graph, turn, (), {})
                     if len(found.absorbed) > 1 and not turn.gains and self._apart(found):
                         self.found.append(found)
                         taken |= found.readers
@@ -175,8 +161,10 @@ class _Finder:
             done |= {n.site for n in readers}
             if value.shape[dim] < 2:
                 continue
-            cuts = [Cut("operand", n.site, n.ins.index(value), False) for n in readers]
-            graph, behind = _cut(build_graph(self._program), cuts)
+            cuts = [
+                Cut("operand", n.site, n.ins.index(value), False, place_of(n)) for n in readers
+            ]
+            graph, behind = apply_cuts(build_graph(self._program), cuts)
             spot = Spot(dim, value.shape[dim])
             turn = Turn()
             try:
@@ -196,7 +184,8 @@ class _Finder:
         """One search; with ``online`` repeated with cuts until there is no obstacle."""
         cuts: list[Cut] = []
         while True:
-            graph, behind = _cut(build_graph(self._program), cuts) if cuts else (self._graph, {})
+            fresh = build_graph(self._program) if cuts else self._graph
+            graph, behind = apply_cuts(fresh, cuts)
             start = next(n for n in graph.nodes if n.site == site).outs[0]
             turn = Turn()
             more: list[Cut]
@@ -204,10 +193,12 @@ class _Finder:
                 turn.run([(start, spot)])
                 gains, stuck = self._gains(turn)
                 why = "; ".join(f"the gain {p} cannot be folded: {w}" for _, p, w in stuck)
-                more = [Cut("operand", n.site, turn.gains[n][0], True) for n, _, _ in stuck]
+                more = [
+                    Cut("operand", n.site, turn.gains[n][0], True, place_of(n)) for n, _, _ in stuck
+                ]
             except Conflict as conflict:
                 gains, why = {}, str(conflict)
-                more = _way_round(conflict, turn, graph)
+                more = ways_round(conflict, turn, graph)
             new = [c for c in more if c not in cuts]
             if not why:
                 found = self._found("stream", spot.size, graph, turn, cuts, behind, gains)
@@ -239,10 +230,9 @@ class _Finder:
         graph: Graph,
         turn: Turn,
         cuts: Sequence[Cut],
-        behind: dict[Cut, Value] | tuple[()],
+        behind: dict[Cut, Value],
         gains: dict[str, ChannelGroup] | None = None,
     ) -> FoundTurn:
-        values = dict(behind)
         return FoundTurn(
             role=role,
             size=size,
@@ -252,7 +242,7 @@ class _Finder:
                 if value in turn.spots
             ),
             gains=tuple((gains or {}).items()),
-            explicit=tuple((c, turn.spots[values[c]]) for c in cuts if values[c] in turn.spots),
+            explicit=tuple((c, turn.spots[behind[c]]) for c in cuts if behind[c] in turn.spots),
             fixes_ones=turn.fixes_ones,
             joins=len(turn.joins),
             readers=frozenset(n.site for n in graph.nodes if _reads(turn, n)),
@@ -281,56 +271,21 @@ def _names(node: Node, side: int) -> str:
     return ", ".join(sorted(node.ins[side].params))
 
 
-def _steps(turn: Turn, value: Value) -> tuple[str, ...]:
+_WHY: dict[Any, str] = {
+    jp.add_p: "the sum of rotated values is the rotated sum",
+    jp.sub_p: "nothing, or the same for all channels, is taken from a rotated value",
+    jp.mul_p: "all channels are multiplied alike (or by a gain that is made one)",
+    jp.div_p: "all channels are divided alike",
+    jp.dot_general_p: "is linear: the matrix passes from a weight to the value, or back",
+    jp.gather_p: "looks up whole rows",
+}
+
+
+def _steps(turn: Turn, value: Value) -> tuple[ProofStep, ...]:
     steps = []
     at: Value | None = value
     while at is not None:
         node, at = turn.before[at]
         if node is not None:
-            steps.append(f"{node.kind} at {node.source.rpartition('/')[2]}")
+            steps.append(proof_step(node, _WHY.get(node.kind, "keeps the rotated axis together")))
     return tuple(steps)
-
-
-def _way_round(conflict: Conflict, turn: Turn, graph: Graph) -> list[Cut]:
-    """Explicit operations that may remove an obstacle."""
-    value = conflict.value
-    if value is not None and value.is_result:
-        return [Cut("output", (), i, True) for i, v in enumerate(graph.results) if v is value]
-    if value is not None and value.is_input:
-        return [Cut("input", (), graph.inputs.index(value), False)]
-    return [
-        Cut("result", n.site, 0, False)
-        for n in graph.nodes
-        if n.kind is jp.gather_p and n.outs[0] in turn.spots and n.ins[0].params
-    ]
-
-
-def _cut(graph: Graph, cuts: Iterable[Cut]) -> tuple[Graph, dict[Cut, Value]]:
-    """The graph with cuts, and for each the value whose spot is that of the explicit operation."""
-    nodes = {n.site: n for n in graph.nodes if not isinstance(n.kind, str)}
-    rotated: dict[Cut, Value] = {}
-    for cut in cuts:
-        if cut.kind == "input":
-            value = graph.inputs[cut.index]
-            value.is_input, value.explicit = False, "free"
-            rotated[cut] = value
-        elif cut.kind == "output":
-            value = graph.results[cut.index]
-            value.is_result = False
-            rotated[cut] = value
-        elif cut.kind == "result":
-            node = nodes[cut.site]
-            old = node.outs[0]
-            old.producer, old.explicit = None, "free"
-            node.outs[0] = dataclasses.replace(old, explicit="fixed", users=[], producer=node)
-            rotated[cut] = old
-        else:
-            node = nodes[cut.site]
-            old = node.ins[cut.index]
-            side = "fixed" if cut.back else "free"
-            new = dataclasses.replace(old, explicit=side, users=[node], producer=None)
-            node.ins[cut.index] = new
-            if old not in node.ins:
-                old.users.remove(node)
-            rotated[cut] = old if cut.back else new
-    return graph, rotated

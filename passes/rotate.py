@@ -167,7 +167,7 @@ def _same(x: Any) -> Any:
 
 
 class _Turner(Interpreter):
-    rules: ClassVar[dict[Any, Any]] = {}
+    rules: Mapping[Any, Any] = {}
     control_rules = CONTROL
     visits = True
 

@@ -199,4 +199,5 @@ def test_the_proof_shows_the_ways():
     found, _ = find_turns(trace(fn, params, (TOKENS,)), stream=True, heads=True, online=False)
     text = found[0].proof()
     assert "layers/mlp/down/kernel is rotated along axis 2" in text
-    assert "add at linen.py" in text and "Block.__call__" in text
+    assert "add: the sum of rotated values is the rotated sum   [" in text
+    assert "layers/mlp_norm/scale becomes one, folded into layers/mlp/gate/kernel" in text

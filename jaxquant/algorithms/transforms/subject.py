@@ -123,9 +123,7 @@ def _with_pass(
     return transformed
 
 
-def split_arguments(
-    model: Any, args: tuple[Any, ...]
-) -> tuple[Any, tuple[Any, ...]]:
+def split_arguments(model: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """The variables (None for NNX) and the model's own arguments."""
     kind = describe(model if recipe_of(model) is not None else quantize(model)).kind
     return (None, args) if kind == "nnx" else (args[0], args[1:])
