@@ -233,6 +233,7 @@ def _held(producer: Any, node: Node) -> QTensor | None:
         return None
     wanted = scale_shape(shape, node.act)
     fits = all(n in (1, m) for n, m in zip(scale.shape, wanted, strict=True))
-    few = math.prod(shape[i] for i in node.act.reduce_axes) <= _MOST_TERMS
+    summed = [shape[i] for i in node.act.reduce_axes]
+    few = all(isinstance(n, int) for n in summed) and math.prod(summed) <= _MOST_TERMS
     on_mesh = _compat.explicit_sharding(scale) is not None and tuple(scale.shape) != wanted
     return w if fits and few and not on_mesh else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from jaxquant.core.schemes import ActScheme
 from jaxquant.passes.count import count
 from jaxquant.passes.elide_roundtrips import ElideRoundtrips
 from jaxquant.passes.fuse_siblings import FuseSiblings
+from jaxquant.passes.pass_manager import PassManager
+from jaxquant.passes.pipeline import evaluate
 from jaxquant.passes.share_activation_quant import ShareActivationQuant
 from tests.passes.quantized_programs import (
     DYNAMIC,
@@ -271,6 +274,36 @@ def test_rows_that_were_looked_up_stay_activations():
     program, inputs = quantized(lambda p, ids: jnp.take(p["e"], ids, axis=0) @ p["f"], tree, IDS)
     assert ELIDE.run(program).program is program
     assert run(program, inputs)[0].shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_symbolic_sizes(granularity):
+    """jax.export with shape polymorphism: decided without asking how large a size is."""
+    act = ActScheme(granularity=granularity)
+    tree = {name: w.replace(act=act) for name, w in TREE.items()}
+    tree["e"] = embed(6, 10, 16)
+
+    def fn(p, ids):
+        x = jnp.take(p["e"], ids, axis=0)
+        y = jnp.tanh(x)
+        return [x @ p["a"], y @ p["a"], y.reshape(-1, 16) @ p["b"], y[:, -1] @ p["h"]]
+
+    ids = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, t"), jnp.int32)
+    steps = (SHARE, ELIDE, FuseSiblings())
+
+    def call(tree, ids):
+        program, inputs = quantized(fn, tree, ids)
+        return evaluate(PassManager(steps, verify="all").run(program), inputs)
+
+    exported = jax.export.export(jax.jit(call))(tree, ids)
+    for got, want in zip(exported.call(tree, IDS), jax.jit(call)(tree, IDS), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_multiply():
+    program, inputs = quantized(PARTS["the last token has a head"], TREE, X[:0])
+    for out in run(apply(program, SHARE, ELIDE, FuseSiblings()), inputs):
+        assert out.shape[0] == 0
 
 
 # -- transformations -------------------------------------------------------------------------------
