@@ -38,6 +38,7 @@ def test_bytes_against_bf16(qtype, group, most, tmp_path):
     measured = sum(f.stat().st_size for f in files)
     assert measured == io.inspect(tmp_path / "c").disk_bytes
     ratio = measured / (2 * np.prod(SHAPE))
+    print(f"\n{qtype} in groups of {group}: {ratio:.3f}")  # the table in docs/checkpoints.md
     assert ratio <= most
     # No more than one part in fifty, and what Orbax writes about a few arrays, beyond the bits.
     assert measured <= 1.02 * weight.nbytes + 40_000
