@@ -315,3 +315,83 @@ def same_shapes_everywhere(p, x):
 @case({"u": (8, 4), "v": (4, 6)}, {"u": (0,), "v": (0,)}, X)
 def three_operand_einsum(p, x):
     return jnp.einsum("mk,kr,rn->mn", x, p["u"], p["v"])
+
+
+# --- more ways of one weight ---------------------------------------------------------------------
+
+
+@case({"w": (16, 6)}, OVER_K, X, jnp.array(4), dequantized=())
+def dynamic_rows(p, x, start):
+    return x @ lax.dynamic_slice_in_dim(p["w"].T, start * 0, 6, 0).T[:8]
+
+
+@case({"w": (8, 12)}, OVER_K, X, jnp.array(3))
+def dynamic_columns(p, x, start):
+    return x @ lax.dynamic_slice(p["w"], (0, start), (8, 6))
+
+
+@case({"w": (8, 1, 6)}, OVER_K, X)
+def squeezed(p, x):
+    return x @ jnp.squeeze(p["w"], 1)
+
+
+@case(K_N, OVER_K, X)
+def broadcast(p, x):
+    return jnp.einsum("mk,bkn->bmn", x, jnp.broadcast_to(p["w"], (3, 8, 6)))
+
+
+@case({"w": (8, 12)}, OVER_K, X)
+def every_other_column(p, x):
+    return x @ p["w"][:, ::2]
+
+
+@case(K_N, OVER_K, X)
+def reversed_rows(p, x):
+    return x @ p["w"][::-1]
+
+
+@case({"w": (3, 8, 6)}, {"w": (1,)}, X)
+def unstacked(p, x):
+    return sum(x @ w for w in jnp.unstack(p["w"]))
+
+
+@case({"w": (8, 12)}, OVER_K, X)
+def split_unevenly(p, x):
+    a, b, c = jnp.split(p["w"], [2, 6], axis=1)
+    return jnp.concatenate([x @ c, x @ a, x @ b], axis=1)
+
+
+@case({"a": (8, 2), "b": (8, 4), "c": (6, 8)}, {"a": (0,), "b": (0,), "c": (1,)}, X)
+def joined_cut_and_transposed(p, x):
+    w = jnp.concatenate([p["a"], p["b"], p["c"].T], axis=1)
+    return x @ w[:, :9]
+
+
+@case({"w": (8, 8)}, OVER_K, X)
+def used_transposed_as_well(p, x):
+    """An autoencoder with tied weights: the second product sums over the other axis."""
+    return jnp.tanh(x @ p["w"]) @ p["w"].T
+
+
+@case({"w": (8, 6), "v": (6, 8)}, {"w": (0,), "v": (0,)}, X, dequantized=("w",))
+def also_used_elementwise(p, x):
+    y = jnp.tanh(x @ p["w"]) @ p["v"]
+    return y + jnp.mean(p["w"] ** 2)
+
+
+@case({"w": (3, 8, 6)}, {"w": (1,)}, X, jnp.array(1), dequantized=("w",))
+def one_layer_also_elementwise(p, x, layer):
+    """A layer that is picked by one index is no lookup: its floats are reported."""
+    return x @ p["w"][layer] + jnp.max(p["w"][layer])
+
+
+@case({"w": (3, 8, 6)}, {"w": (1,)}, X, jnp.array(1))
+def operand_of_a_switch(p, x, index):
+    branches = [lambda w, x, i=i: x @ w[i] for i in range(3)]
+    return lax.switch(index, branches, p["w"], x)
+
+
+@case({"w": (2, 8, 8)}, {"w": (1,)}, X)
+def calls_in_calls(p, x):
+    block = jax.checkpoint(jax.jit(lambda w, x: _custom_jvp_layer(w, x)))
+    return lax.scan(lambda c, w: (block(w, c), None), x, p["w"])[0]
