@@ -73,6 +73,8 @@ class Static:
       vmem: VMEM bytes of the kernels; 0 without any.
       hbm_bytes: bytes the program accesses by the compiler's cost analysis.
       temporaries: HBM bytes of intermediate results.
+      kernels: Pallas calls in the compiled program.
+      gathers: all-gathers in it.
     """
 
     name: str
@@ -87,6 +89,8 @@ class Static:
     vmem: int = 0
     hbm_bytes: int = 0
     temporaries: int = 0
+    kernels: int = 0
+    gathers: int = 0
 
 
 def available() -> bool:
@@ -234,6 +238,8 @@ def _read(name: str, chip: str, compiled: Any, folder: str, steps: int) -> Stati
         vmem=max(vmem, default=0),
         hbm_bytes=int(cost.get("bytes accessed", 0)),
         temporaries=int(memory.temp_size_in_bytes) if memory is not None else 0,
+        kernels=text.count('custom_call_target="tpu_custom_call"'),
+        gathers=len(re.findall(r"all-gather(?:-start)?\(", text)),
     )
 
 

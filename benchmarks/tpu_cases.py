@@ -5,12 +5,20 @@ Makers for `benchmarks.tpu_aot.Job`: each returns `(fn, avals, steps)` from plai
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.core.primitives import quantized_dot_general
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtypes import get_qtype
+from jaxquant.pallas_kernels import reference
+from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.tpu.chips import CHIPS
+from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.problem import STORAGE, MatmulConfig, MatmulProblem
 
@@ -43,3 +51,60 @@ def ours(problem: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any, int
 
     steps = math.ceil(p.m / c.bm) * math.ceil(p.n / c.bn) * (p.k // c.bk)
     return fn, (arrays,), steps
+
+
+def chosen(problem: dict[str, Any], chip: str) -> tuple[Any, Any, int]:
+    """`ours` with the config that the heuristics choose for the chip."""
+    config = choose_config(MatmulProblem(**problem), CHIPS[chip])
+    return ours(problem, dataclasses.asdict(config))
+
+
+def bfloat16(m: int, k: int, n: int) -> tuple[Any, Any, int]:
+    """The float product, as XLA does it: what quantization is to beat."""
+    struct = jax.ShapeDtypeStruct
+    avals = struct((m, k), jnp.bfloat16), struct((k, n), jnp.bfloat16)
+
+    def fn(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
+
+    return fn, avals, 0
+
+
+def product(m: int, k: int, n: int, qtype: str, group: int) -> tuple[Any, Any, int]:
+    """`quantized_dot_general` on a QTensor: whatever dispatch makes of it."""
+    struct = jax.ShapeDtypeStruct
+    kind = get_qtype(qtype)
+    weight = QTensor(
+        struct((k, n), jnp.dtype(kind.storage)),
+        struct((k // (group or k), n), jnp.float32),
+        qtype=kind,
+        dtype=jnp.dtype("bfloat16"),
+    )
+
+    def fn(x: jax.Array, w: QTensor) -> jax.Array:
+        return quantized_dot_general(x, w, (((1,), (0,)), ((), ())))
+
+    return fn, (struct((m, k), jnp.bfloat16), weight), 0
+
+
+def xla(m: int, k: int, n: int, codes: str, group: int, x_dtype: str) -> tuple[Any, Any, int]:
+    """XLA's own lowering of the same product: the reference, as dispatch takes it."""
+    struct = jax.ShapeDtypeStruct
+    act = ActQuant("int8", (1,)) if x_dtype == "int8" else None
+    avals = (
+        struct((m, k), jnp.bfloat16),
+        struct((k, n), jnp.dtype(codes)),
+        struct((k // (group or k), n), jnp.float32),
+    )
+
+    def fn(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+        return reference.dot_general(
+            x,
+            codes,
+            scale,
+            dimension_numbers=(((1,), (0,)), ((), ())),
+            act=act,
+            out_dtype=jnp.bfloat16,
+        )
+
+    return fn, avals, 0

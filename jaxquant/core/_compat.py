@@ -8,7 +8,7 @@ and the primitives; nothing here knows what quantization is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,7 @@ __all__ = [
     "is_unspecified",
     "jaxpr_of_equations",
     "lower_without_shardings",
+    "lowering_devices",
     "make_primitive",
     "match_varying",
     "name_stack_names",
@@ -325,21 +326,55 @@ def unsplit(sharding: Any, axes: Sequence[int]) -> Any:
     return sharding.update(spec=sharding.spec.update(partitions=tuple(parts)))
 
 
+def lowering_devices(ctx: Any) -> tuple[Any, int, bool]:
+    """For what a lowering rule's program is meant.
+
+    Args:
+      ctx: the rule's context.
+
+    Returns:
+      ``(device, devices, manual)``: one of the devices, or the abstract device, or None where
+      neither is known (export); how many share the program; and whether every mesh axis is manual.
+    """
+    context = ctx.module_context.axis_context
+    mesh = getattr(context, "mesh", None)
+    if mesh is not None:
+        abstract = getattr(mesh, "abstract_device", None)
+        device = mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else abstract
+        return device, mesh.size, set(mesh.axis_names) == set(context.manual_axes)
+    assigned = getattr(context, "device_assignment", None)
+    device = assigned[0] if assigned else None
+    backend, (platform, *_) = ctx.module_context.backend, ctx.module_context.platforms
+    if device is None and backend is not None and backend.platform == platform:
+        device = (backend.local_devices() or backend.devices())[0]
+    return device, getattr(context, "num_devices", 1), False
+
+
+def abstract_device(device: Any) -> Any:
+    """What a kernel is traced for: kind and cores of a device."""
+    cores = getattr(device, "num_cores", None)
+    return _mesh.AbstractDevice(device.device_kind, cores, device.platform)
+
+
 def lower_without_shardings(
-    fn: Callable[..., Any], *, multiple_results: bool = False
+    fn: Callable[..., Any], *, multiple_results: bool = False, device: Any = None
 ) -> Callable[..., Any]:
     """A lowering rule from a function of arrays, traced without sharding types.
 
     On an explicit mesh every operation of ``fn`` would need a sharding of its own. Here only the
     results are pinned to the primitive's output types; the partitioner fills in what lies between.
+    ``device``, an abstract one, is what kernels in ``fn`` are traced for.
     """
+    mesh = _mesh.empty_abstract_mesh
+    if device is not None:
+        mesh = _mesh.AbstractMesh((), (), abstract_device=device)
 
     def plain(aval: Any) -> Any:
         return _core.ShapedArray(aval.shape, aval.dtype)
 
     def rule(ctx: Any, *args: Any, **params: Any) -> Any:
         lowered = _mlir.lower_fun(fn, multiple_results=multiple_results)
-        with _mesh.use_abstract_mesh(_mesh.empty_abstract_mesh):
+        with _mesh.use_abstract_mesh(mesh):
             inner = ctx.replace(
                 avals_in=[plain(a) for a in ctx.avals_in],
                 avals_out=[plain(a) for a in ctx.avals_out],

@@ -145,7 +145,7 @@ def _prepare(
     for first in range(0, cut.count, batch):
         chunks = range(first, min(first + batch, cut.count))
         parts = [refs["x"][:, c * size : (c + 1) * size].astype(config.operand) for c in chunks]
-        x, y = jnp.concatenate(parts, axis=0), None
+        x = y = jnp.concatenate(parts, axis=0)
         if side is not None:
             y = dot(x, side).astype(jnp.float32)
         if bits:
@@ -206,9 +206,9 @@ def _operand(
 ) -> jax.Array:
     """The codes of one chunk as an operand: [size, bn], in the order of the reading."""
     if problem.codes == "int3":
-        words = 3 * config.bk // 32
-        strip = refs["words"].at[: config.bn // LANES * words, :]
-        return reading.operand_from_triples(strip, words, chunk)
+        rows = 3 * config.bk // 32
+        strip = refs["words"].at[: config.bn // LANES * rows, :]
+        return reading.operand_from_triples(strip, rows, chunk)
     start, size = chunk * cut.size, cut.size
     if config.reading == "bits":
         per_row = 1 if problem.codes == "int4" else 4

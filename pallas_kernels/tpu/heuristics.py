@@ -62,7 +62,8 @@ def choose_config(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
     reading = _reading(problem, chip, operand, scale)
     tuned = TUNED.get((chip.name, problem.codes, problem.x_dtype, scale, _row_class(problem.m)))
     for target in (*(() if tuned is None else (tuned,)), *_targets(problem, chip, scale)):
-        config = _fit(problem, chip, MatmulConfig(*target, scale, reading, operand))
+        bm, bn, bk = target
+        config = _fit(problem, chip, MatmulConfig(bm, bn, bk, scale, reading, operand))
         if config is not None:
             return config
     raise Unsupported(f"no blocks of {problem} fit the {chip.vmem_bytes >> 20} MiB of {chip.name}")
@@ -136,10 +137,13 @@ def _targets(
         columns = 8 * _STEP_BYTES // STORAGE[problem.codes][1] // min(problem.k, 4096)
         columns = min(max(columns // 256 * 256, 256), 1024)
         return (problem.m, columns, 4096), (problem.m, 256, 2048), (problem.m, 128, 1024)
+    # Whole columns of a block's k where they fit: sums then stay in the matrix units' queue.
     if chip.vmem_bytes <= 16 * _MIB:
-        return (256, 512, 512), (128, 256, 512), (64, 128, 256)
-    rows = 1024 if chip.has_bf16_vpu and scale != "after" else 512
-    return (rows, 1024, 1024), (512, 512, 512), (256, 256, 512), (128, 128, 256)
+        return (256, 512, 2048), (256, 256, 2048), (256, 256, 512), (64, 128, 256)
+    first = (1024, 512, 4096) if chip.has_bf16_vpu and scale == "end" else (512, 512, 4096)
+    if chip.has_bf16_vpu and scale == "before":
+        first = (512, 1024, 4096)
+    return first, (512, 512, 4096), (512, 512, 1024), (256, 256, 512), (128, 128, 256)
 
 
 def _fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfig | None:

@@ -78,7 +78,7 @@ def quantized_matmul(
     }
     _check(given, problem)
     names = tuple(name for name in _ORDER if given[name] is not None)
-    arrays = [given[name] for name in names]
+    arrays: list[Any] = [given[name] for name in names]
     if config.bm > problem.m:  # a block of more rows than there are
         arrays = [_pad_rows(a, n, problem, config.bm) for a, n in zip(arrays, names, strict=True)]
     rows = max(problem.m, config.bm)

@@ -11,11 +11,14 @@ from typing import Any
 
 from jax import lax
 
+from jaxquant.core.primitives.kernels import choose_kernel, default_place
 from jaxquant.core.primitives.weights import act_quant, reference_dtype
 from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels.dispatch import Place
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import choose_dot
 from jaxquant.pallas_kernels.reference_conv import choose_linear, conv_scales, ragged_scales
+
 
 def describe_lowering(
     x: Any,
@@ -23,6 +26,7 @@ def describe_lowering(
     dimension_numbers: DotDimensionNumbers,
     *,
     weight_side: Side = "rhs",
+    place: Place | None = None,
 ) -> tuple[str, str]:
     """Name of the lowering of `quantized_dot_general` and the reason for it.
 
@@ -31,16 +35,25 @@ def describe_lowering(
       w: the weight; its leaves may be avals.
       dimension_numbers: as for `quantized_dot_general`.
       weight_side: likewise.
+      place: where the program will run; None for one device of the default kind.
 
     Returns:
-      E.g. `("xla: int8 dot", "integer codes on both sides, int32 sums")`.
+      E.g. `("xla: int8 dot", "integer codes on both sides, int32 sums")`. On TPU the reason says
+      as well why no kernel fits, if none does.
     """
     axes = DotAxes.make(dimension_numbers, len(x.shape), w.ndim, weight_side)
     act = w.act and act_quant(w.act, len(x.shape), axes.x_contract)
+    place = place or default_place()
+    refused = ""
+    if place.platform == "tpu":
+        kernel = choose_kernel(x, w, axes, act, place, out_dtype=x.dtype)
+        if kernel.run is not None:
+            return kernel.name, kernel.reason
+        refused = f"; {kernel.reason}"
     choice = choose_dot(
         tuple(x.shape), w.shape, reference_dtype(w), tuple(w.scale.shape), axes, act
     )
-    return f"xla: {choice.method.value}", choice.reason
+    return f"xla: {choice.method.value}", f"{choice.reason}{refused}"
 
 
 def describe_conv(w: QTensor, dimension_numbers: lax.ConvDimensionNumbers) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from jax.extend.core import primitives as jp
 from jax.interpreters import mlir
 
 from jaxquant.core import _compat
+from jaxquant.core.primitives.kernels import choose_kernel, run_kernel
 from jaxquant.core.primitives.weights import (
     act_quant,
     bind_leaves,
@@ -32,6 +33,7 @@ from jaxquant.core.primitives.weights import (
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.dispatch import Place
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 
 quantized_dot_general_p = _compat.make_primitive("quantized_dot_general")
@@ -226,8 +228,36 @@ def _lower(ctx: Any, *args: Any, on_cpu: bool, **params: Any) -> Any:
     return _compat.lower_without_shardings(fn)(ctx, *args, **params)
 
 
+def _lower_tpu(ctx: Any, *args: Any, **params: Any) -> Any:
+    """A Pallas kernel where one fits, else as on any platform."""
+    device, devices, manual = _compat.lowering_devices(ctx)
+    kind = None if device is None else device.device_kind
+    x, _, leaves = split_operands(ctx.avals_in, params["x_quantized"])
+    w, out = unflatten(params["tree"], leaves), ctx.avals_out[0]
+    axes = DotAxes.make(params["dimension_numbers"], x.ndim, w.ndim, params["weight_side"])
+    choice = choose_kernel(
+        x,
+        w,
+        axes,
+        params["act"],
+        Place("tpu", kind, devices, manual),
+        out_dtype=out.dtype,
+        precision=params["precision"],
+    )
+    if choice.run is None:
+        return _lower(ctx, *args, on_cpu=False, **params)
+
+    def fn(*args: jax.Array, tree: Any, x_quantized: bool, **_: Any) -> jax.Array:
+        x, quantized, leaves = split_operands(args, x_quantized)
+        return run_kernel(choice, x, quantized, unflatten(tree, leaves))
+
+    kernel_device = _compat.abstract_device(device)
+    return _compat.lower_without_shardings(fn, device=kernel_device)(ctx, *args, **params)
+
+
 quantized_dot_general_p.def_abstract_eval(_abstract_eval)
 mlir.register_lowering(quantized_dot_general_p, functools.partial(_lower, on_cpu=False))
 mlir.register_lowering(
     quantized_dot_general_p, functools.partial(_lower, on_cpu=True), platform="cpu"
 )
+mlir.register_lowering(quantized_dot_general_p, _lower_tpu, platform="tpu")

@@ -1,0 +1,94 @@
+"""Quantized products as Pallas kernels: what a QTensor is to `jaxquant.pallas_kernels.dispatch`.
+
+Called by the lowering of `quantized_dot_general` on TPU and by the plan; both ask `choose_kernel`,
+so that a plan made for a place says what runs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.as_matrix import Weight
+from jaxquant.pallas_kernels.dispatch import Choice, Implementation, Place, choose
+from jaxquant.pallas_kernels.dot_axes import DotAxes
+
+
+def choose_kernel(
+    x: Any,
+    w: QTensor,
+    axes: DotAxes,
+    act: ActQuant | None,
+    place: Place,
+    *,
+    out_dtype: Any,
+    precision: Any = None,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """The kernel for a product with a QTensor, or XLA and why.
+
+    Args:
+      x: the activation or its aval.
+      w: the weight; its leaves may be avals.
+      axes: which axis does what.
+      act: how x is quantized first, or None.
+      place: where the program runs.
+      out_dtype: dtype of the result.
+      precision: as for lax.dot_general.
+      implementation: forces one.
+
+    Raises:
+      ValueError: the forced one does not fit.
+    """
+    codes = jnp.dtype(w.codes.dtype).name
+    if w.packed_axis is not None:
+        codes = w.qtype.name
+    elif w.qtype.table is not None:
+        codes = "table4"
+    weight = Weight(
+        codes,
+        w.shape,
+        tuple(w.scale.shape),
+        w.zero_point is not None,
+        w.qtype.table,
+        None if w.packed_axis is None else w.packed_axis + w.ndim,
+    )
+    return choose(
+        tuple(x.shape),
+        jnp.promote_types(x.dtype, w.dtype),
+        weight,
+        axes,
+        act,
+        place,
+        out_dtype=out_dtype,
+        precision=precision,
+        implementation=implementation,
+    )
+
+
+def run_kernel(
+    choice: Choice, x: jax.Array, quantized: Sequence[jax.Array], w: QTensor
+) -> jax.Array:
+    """Runs the kernel of a choice on a QTensor's parts."""
+    assert choice.run is not None
+    scale = w.scale.dequantize() if isinstance(w.scale, QTensor) else w.scale
+    pair = (quantized[0], quantized[1]) if quantized else None
+    return choice.run(
+        x.astype(jnp.promote_types(x.dtype, w.dtype)),
+        pair,
+        w.codes,
+        scale,
+        w.zero_point,
+        w.input_scale,
+    )
+
+
+def default_place() -> Place:
+    """One device of the process's default kind: where a plan is read, unless it says otherwise."""
+    device = jax.devices()[0]
+    return Place(device.platform, device.device_kind)

@@ -1,0 +1,154 @@
+"""Which kernel a quantized product runs as, on what device, and why; or why none fits.
+
+`choose` is asked by the lowering of `quantized_dot_general`, which then runs the choice, and by the
+plan, which shows it. It looks at shapes, dtypes and the place only. Where no kernel fits, XLA's
+route (`jaxquant.pallas_kernels.reference`) is taken and `Choice.refused` says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.as_matrix import MatrixProduct, Weight, flatten
+from jaxquant.pallas_kernels.dot_axes import DotAxes
+from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip, chip_of
+from jaxquant.pallas_kernels.tpu.heuristics import Unsupported, choose_config
+from jaxquant.pallas_kernels.tpu.problem import PACKED, MatmulConfig, MatmulProblem
+
+Implementation = Literal["xla", "pallas"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a program runs.
+
+    Attributes:
+      platform: "tpu", "cuda", "cpu" ...
+      device_kind: of its devices; None if it is compiled for devices that are not known yet.
+      devices: how many share the program.
+      manual: every mesh axis is manual: the arrays are one device's own (inside shard_map).
+    """
+
+    platform: str
+    device_kind: str | None = None
+    devices: int = 1
+    manual: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+      name: e.g. "pallas tpu v5e: int4, scale after the dot", or "xla".
+      reason: why, in words.
+      run: `(x, quantized, codes, scale, zero_point, input_scale) -> result`; None for XLA.
+      refused: why each kernel that was considered does not fit.
+    """
+
+    name: str
+    reason: str
+    run: Callable[..., jax.Array] | None = None
+    refused: tuple[str, ...] = ()
+
+
+def choose(
+    x_shape: tuple[int, ...],
+    x_dtype: Any,
+    weight: Weight,
+    axes: DotAxes,
+    act: ActQuant | None,
+    place: Place,
+    *,
+    out_dtype: Any,
+    precision: Any = None,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """Picks a kernel, or XLA with the reasons against each kernel.
+
+    Args:
+      x_shape: shape of the activation.
+      x_dtype: its dtype.
+      weight: the weight's static side.
+      axes: which axis does what.
+      act: how the activation is quantized first, or None.
+      place: where the program runs.
+      out_dtype: dtype of the result.
+      precision: as for lax.dot_general.
+      implementation: forces one; None for the best.
+
+    Returns:
+      The choice.
+
+    Raises:
+      ValueError: "pallas" is forced, but no kernel fits; the message lists the reasons. Or an
+        unknown name.
+    """
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation is 'xla', 'pallas' or None, not {implementation!r}")
+    if implementation == "xla":
+        return Choice("xla", "asked for by implementation='xla'")
+    refused: tuple[str, ...]
+    try:
+        chip = _chip(place)
+        _check_floats(x_dtype, precision)
+        problem = flatten(x_shape, x_dtype, weight, axes, act, out_dtype)
+        if implementation is None:
+            _check_worth(problem)
+        config = choose_config(problem, chip)
+    except Unsupported as reason:
+        refused = (f"pallas tpu: {reason}",)
+    else:
+        when = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
+        name = f"pallas tpu {chip.name}: {problem.codes}, scale {when[config.scale]}"
+        run = MatrixProduct(problem, config, weight, axes, act)
+        return Choice(name, _why(problem, config), run)
+    if implementation == "pallas":
+        raise ValueError(f"implementation='pallas', but no kernel fits: {'; '.join(refused)}")
+    return Choice("xla", refused[0], refused=refused)
+
+
+def _chip(place: Place) -> Chip:
+    if place.platform != "tpu":
+        raise Unsupported(f"the program runs on {place.platform}")
+    if place.device_kind is None:
+        raise Unsupported("the TPU generation is not known when the program is lowered")
+    if place.devices > 1 and not place.manual:
+        raise Unsupported(
+            f"{place.devices} devices share the program and the operands' shardings are not known;"
+            " XLA's partitioner takes no Pallas calls (inside shard_map with every mesh axis"
+            " manual they are used)"
+        )
+    chip = chip_of(place.device_kind)
+    if chip is None:
+        raise Unsupported(f"{place.device_kind} is none of {', '.join(CHIPS)}")
+    return chip
+
+
+def _check_floats(x_dtype: Any, precision: Any) -> None:
+    if jnp.dtype(x_dtype) not in (jnp.bfloat16, jnp.float32):
+        raise Unsupported(f"x is {jnp.dtype(x_dtype).name}; kernels take bfloat16 and float32")
+    wanted = precision if isinstance(precision, tuple) else (precision,)
+    if any(p not in (None, lax.Precision.DEFAULT) for p in wanted):
+        raise Unsupported(f"precision {precision} asks for more than one bfloat16 pass")
+
+
+def _check_worth(problem: MatmulProblem) -> None:
+    if problem.groups == 1 and problem.codes not in PACKED:
+        raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
+
+
+def _why(problem: MatmulProblem, config: MatmulConfig) -> str:
+    rows = f"{problem.m} rows"
+    if config.scale == "after":
+        return f"groups of {problem.group}, {rows}: scales meet each group's sums"
+    if config.scale == "before":
+        return f"groups of {problem.group}, {rows}: scales meet the weight, in blocks on the chip"
+    return f"one scale a column, {problem.codes} codes unpacked on the chip"
