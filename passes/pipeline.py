@@ -12,6 +12,7 @@ import jax
 
 from jaxquant.core import _compat
 from jaxquant.core.qtensor import QTensor
+from jaxquant.passes.elide_roundtrips import ElideRoundtrips
 from jaxquant.passes.events import Event
 from jaxquant.passes.fuse_siblings import FuseSiblings
 from jaxquant.passes.insert_scales import InsertScales
@@ -36,6 +37,7 @@ def quantizing_passes(
     return (
         InsertScales(weights, strict=strict, on_event=on_event),
         ShareActivationQuant(),
+        ElideRoundtrips(),
         FuseSiblings(),
     )
 
