@@ -13,7 +13,7 @@ import jax
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe
 from jaxquant.passes.analyses import AssignRecipe, FindWeights
-from jaxquant.passes.assign_recipe import Assignment, ParamPlan
+from jaxquant.passes.assign_recipe import Assignment
 from jaxquant.passes.find_weights import find_weights
 from jaxquant.passes.make_plan import make_plan
 from jaxquant.passes.pass_manager import PassManager
@@ -48,18 +48,6 @@ def assign(
     program = trace(fn, tree, args, kwargs, paths)
     program = PassManager([FindWeights(), AssignRecipe(recipe)], title=recipe.name).run(program)
     return program, program.facts["assignment"]
-
-
-def plan_parameters(
-    fn: Callable[..., Any],
-    tree: Any,
-    paths: Sequence[str | None],
-    example: Example,
-    recipe: Recipe,
-) -> list[ParamPlan]:
-    """The plans of the parameters that are to be quantized; see `assign`."""
-    _, assignment = assign(fn, tree, paths, example, recipe)
-    return assignment.quantized
 
 
 def stored_plan(program: Program, arguments: Sequence[Any], notes: Sequence[str] = ()) -> Plan:

@@ -116,11 +116,6 @@ class QTensor:
         return tuple(n // s if s else 1 for n, s in zip(self.shape, self.scale.shape, strict=True))
 
     @property
-    def float_struct(self) -> jax.ShapeDtypeStruct:
-        """The float array it stands for, as shape and dtype."""
-        return jax.ShapeDtypeStruct(self.shape, self.dtype)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all parts at their real width: int4 counts half a byte (numpy says one)."""
         return sum(storage_bytes(leaf) for leaf in jax.tree.leaves(self))

@@ -160,11 +160,6 @@ class Recipe:
         old = tuple(dataclasses.replace(rule, optional=True) for rule in self.rules)
         return Recipe(name or f"{self.name}+{len(rules)}", (*rules, *old))
 
-    @property
-    def weightless_rules(self) -> tuple[Rule, ...]:
-        """The rules for products of two activations, which a QTensor tree carries along."""
-        return tuple(rule for rule in self.rules if rule.op == "attention")
-
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON-able mapping."""
         return {"name": self.name, "rules": [rule.to_json() for rule in self.rules]}

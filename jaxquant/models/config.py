@@ -70,11 +70,6 @@ class DecoderConfig:
                     f"DecoderConfig.{name} must be positive; got {getattr(self, name)!r}"
                 )
 
-    @property
-    def query_groups(self) -> int:
-        """Query heads per key/value head."""
-        return self.num_heads // self.num_kv_heads
-
     def replace(self, **changes: Any) -> DecoderConfig:
         """Returns a copy with some fields changed (and the checks run again)."""
         return dataclasses.replace(self, **changes)

@@ -39,7 +39,6 @@ def test_logical_view() -> None:
     w = small()
     assert (w.shape, w.ndim, w.size, w.dtype) == ((2, 8, 6), 3, 96, jnp.float32)
     assert w.block_shape == (1, 4, 1)
-    assert w.float_struct == jax.ShapeDtypeStruct((2, 8, 6), jnp.float32)
     assert w.nbytes == 48 + 4 * 24  # half a byte a code
     np.testing.assert_array_equal(w.dequantize(), np.full((2, 8, 6), 0.5, np.float32))
     packed = small(codes=jnp.zeros((2, 3, 6), jnp.uint8), qtype="int3", packed_axis=1,

@@ -40,9 +40,7 @@ def test_every_qtype(qtype, tmp_path):
 
 
 def test_static_fields_zero_points_and_nested_scales(tmp_path):
-    rules = get_recipe("w8a8").with_rules(
-        Rule("**", op="attention", act=ActScheme("int8"), optional=True)
-    )
+    rule = Rule("**", op="attention", act=ActScheme("int8"), optional=True)
     w = jax.random.normal(jax.random.key(0), (256, 64))
     asymmetric = quantize_array(w, "int4", (64, 1), symmetric=False)
     double = quantize_array(w, "int4", (64, 1), double_quant=True)
@@ -52,7 +50,7 @@ def test_static_fields_zero_points_and_nested_scales(tmp_path):
         input_scale=jnp.full((1, 1), 0.25),
         act=static,
         dtype=np.dtype("bfloat16"),
-        op_rules=rules.weightless_rules,
+        op_rules=(rule,),
     )
     tree = {"a": asymmetric, "b": double, "c": full, "d": double.replace(act=ActScheme("int8"))}
     assert full.op_rules and asymmetric.zero_point is not None

@@ -11,7 +11,6 @@ from jaxquant.models import DecoderConfig
 def test_default_is_the_shipped_shape():
     config = DecoderConfig()
     assert (config.hidden_size, config.num_layers, config.vocab_size) == (384, 4, 3072)
-    assert config.query_groups == 3
 
 
 def test_config_is_frozen_and_hashable():
