@@ -125,6 +125,17 @@ def _joined(turn: Turn, node: Node) -> None:
         turn.rotate(value, spot, node, known)
 
 
+@register(_compat.stack_p, _compat.unstack_p)
+def _stacked(turn: Turn, node: Node) -> None:
+    axis = node.params["axis"]
+    (whole,), parts = (
+        (node.outs, node.ins) if node.kind is _compat.stack_p else (node.ins, node.outs)
+    )
+    for _ in range(2):  # once a part turns the whole does, and then all parts do
+        for part in parts:
+            _pass(turn, node, part, whole, lambda d: d + (d >= axis))
+
+
 @register(jp.gather_p)
 def _gather(turn: Turn, node: Node) -> None:
     table, out, p = node.ins[0], node.outs[0], node.params

@@ -1,9 +1,11 @@
 """Rotations leave the function as it is; what they reach is found by dataflow."""
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from jax.extend.core import jaxpr_as_fun
 
 from jaxquant.models import linen as linen_model
@@ -201,3 +203,72 @@ def test_the_proof_shows_the_ways():
     assert "layers/mlp/down/kernel is rotated along axis 2" in text
     assert "add: the sum of rotated values is the rotated sum   [" in text
     assert "layers/mlp_norm/scale becomes one, folded into layers/mlp/gate/kernel" in text
+
+
+# --- random programs --------------------------------------------------------------------------
+
+
+def rms(x, gain):
+    return x / jnp.sqrt(1e-3 + jnp.mean(x * x, -1, keepdims=True)) * gain
+
+
+def layer_norm(x, gain, bias):
+    y = x - x.mean(-1, keepdims=True)
+    return y * jax.lax.rsqrt(1e-3 + jnp.mean(jnp.square(y), -1, keepdims=True)) * gain + bias
+
+
+BLOCKS = {
+    "linear": lambda p, h: h + h @ p["w"] @ p["v"],
+    "mlp": lambda p, h: h + jax.nn.gelu(rms(h, p["g"]) @ p["w"] + p["b"]) @ p["v"] + p["c"],
+    "gated": lambda p, h: h - (jax.nn.silu(rms(h, p["g"]) @ p["w"]) * (h @ p["v"])) @ p["v"].T,
+    "layer_norm": lambda p, h: h + jnp.tanh(layer_norm(h, p["g"], p["b"]) @ p["w"]) @ p["v"],
+    "mixed": lambda p, h: h + jax.nn.softmax(h @ p["w"] @ (h @ p["w"]).T) @ h @ p["w"] @ p["v"],
+    "scaled": lambda p, h: 0.5 * h + jax.nn.sigmoid(jnp.sum(h * h, -1, keepdims=True)) * h,
+    "normalized": lambda p, h: rms(h, 1.0),
+    "transposed": lambda p, h: (h.T + p["v"].T @ (p["w"].T @ h.T)).T,
+    "scanned": lambda p, h: jax.lax.scan(
+        lambda c, w: (c + jax.nn.relu(c @ w) @ w.T, None), h, jnp.stack([p["w"], p["v"]])
+    )[0],
+}
+BREAKERS = {
+    "tanh": lambda p, h: jnp.tanh(h),
+    "gain": lambda p, h: jnp.tanh(h) * p["g"] + h,
+    "flip": lambda p, h: h + h[:, ::-1],
+}
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4),
+    st.sampled_from([None, None, *sorted(BREAKERS)]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_random_streams_stay_the_same(names, breaker, online, seed):
+    keys = iter(jax.random.split(jax.random.key(seed), 40))
+    params = [
+        {
+            "w": jax.random.normal(next(keys), (8, 8)) / 4,
+            "v": jax.random.normal(next(keys), (8, 8)) / 4,
+            "g": 1 + 0.3 * jax.random.normal(next(keys), (8,)),
+            "b": 0.3 * jax.random.normal(next(keys), (8,)),
+            "c": 0.3 * jax.random.normal(next(keys), (8,)),
+        }
+        for _ in range(6)
+    ]
+    ids = jnp.array([0, 3, 1, 7, 7])
+
+    def fn(p, ids):
+        x = p[5]["w"][ids]
+        x = x + jnp.tanh(x @ p[4]["w"]) @ p[4]["v"]
+        for i, name in enumerate(names):
+            x = BLOCKS[name](p[i], x)
+        x = BREAKERS[breaker](p[3], x) if breaker else x
+        return rms(x, p[5]["g"]) @ p[5]["v"]
+
+    try:
+        program, *_ = rotate(fn, params, ids, tolerance=2e-4, online=online)
+    except FoldError as why:
+        assert breaker, (names, str(why))
+        return
+    assert program.facts[FACT][0][0].role == "stream"

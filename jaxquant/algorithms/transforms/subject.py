@@ -60,11 +60,13 @@ class Subject:
         }
 
     def with_parameters(self, new: Mapping[str, Any]) -> Any:
-        """The float tree with some parameters replaced."""
+        """The float tree with some parameters replaced, placed on devices as the old ones are."""
         leaves, treedef = jax.tree_util.tree_flatten(self._tree)
-        return jax.tree_util.tree_unflatten(
-            treedef, [new.get(p or "", x) for p, x in zip(self._paths, leaves, strict=True)]
-        )
+        for i, path in enumerate(self._paths):
+            if path in new:
+                sharding = getattr(leaves[i], "sharding", None)
+                leaves[i] = jax.device_put(new[path], sharding)
+        return jax.tree_util.tree_unflatten(treedef, leaves)
 
     def check(self, program: Program, tree: Any, tolerance: float | None) -> float:
         """Compares the function before and after on the example.
