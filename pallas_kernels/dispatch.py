@@ -91,9 +91,7 @@ def choose(
       ValueError: "pallas" is forced, but no kernel fits; the message lists the reasons. Or an
         unknown name.
     """
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f"implementation is 'xla', 'pallas' or None, not {implementation!r}")
-    if implementation == "xla":
+    if check_implementation(implementation) == "xla":
         return Choice("xla", "asked for by implementation='xla'")
     refused: tuple[str, ...]
     try:
@@ -113,6 +111,17 @@ def choose(
     if implementation == "pallas":
         raise ValueError(f"implementation='pallas', but no kernel fits: {'; '.join(refused)}")
     return Choice("xla", refused[0], refused=refused)
+
+
+def check_implementation(implementation: Any) -> Implementation | None:
+    """The argument, if it is one.
+
+    Raises:
+      ValueError: it is none; the message lists them.
+    """
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation is 'xla', 'pallas' or None, not {implementation!r}")
+    return implementation
 
 
 def _chip(place: Place) -> Chip:

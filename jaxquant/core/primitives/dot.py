@@ -12,7 +12,7 @@ The arithmetic is `jaxquant.pallas_kernels.reference`; batching and differentiat
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,12 @@ from jaxquant.core.primitives.weights import (
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.activation import ActQuant
-from jaxquant.pallas_kernels.dispatch import Place
+from jaxquant.pallas_kernels.dispatch import (
+    Choice,
+    Implementation,
+    Place,
+    check_implementation,
+)
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 
 quantized_dot_general_p = _compat.make_primitive("quantized_dot_general")
@@ -48,6 +53,7 @@ def quantized_dot_general(
     precision: Any = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     out_sharding: Any = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Product of an activation and a quantized weight; see `lax.dot_general`.
 
@@ -63,13 +69,16 @@ def quantized_dot_general(
       precision: as for lax.dot_general; float products only.
       preferred_element_type: dtype of the result; None for that of the float product.
       out_sharding: sharding type of the result on an explicit mesh.
+      implementation: "xla" or "pallas" to force one; None for the best on the platform. A
+        forced kernel that does not fit is an error when the product is lowered. Derivatives
+        choose for themselves.
 
     Returns:
       Array of the float product's shape and dtype.
 
     Raises:
       TypeError: shapes or dtypes do not fit (the message is lax.dot_general's).
-      ValueError: a static activation scheme without input_scale.
+      ValueError: a static activation scheme without input_scale; an unknown implementation.
     """
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     dims = (
@@ -93,6 +102,7 @@ def quantized_dot_general(
         precision=_compat.canonical_precision(precision),
         preferred_element_type=preferred,
         out_sharding=_compat.canonical_out_sharding(out_sharding, "quantized_dot_general"),
+        implementation=check_implementation(implementation),
     )
 
 
@@ -102,6 +112,7 @@ def bind_dot(
     *,
     act: ActQuant | None,
     quantized_x: Sequence[jax.Array] = (),
+    implementation: Implementation | None = None,
     **params: Any,
 ) -> jax.Array:
     """Binds the primitive with its own parameters.
@@ -111,13 +122,19 @@ def bind_dot(
       w: the weight.
       act: replaces what the weight says.
       quantized_x: nothing, or the codes and scale of x.
+      implementation: forces one.
       **params: the other parameters.
     """
     keep_input_scale = act is not None and act.static and not quantized_x
     leaves, tree = jax.tree.flatten(bind_leaves(w, keep_input_scale=keep_input_scale))
     operands = _compat.match_varying(x, *quantized_x, *leaves)
     return quantized_dot_general_p.bind(
-        *operands, tree=tree, act=act, x_quantized=bool(quantized_x), **params
+        *operands,
+        tree=tree,
+        act=act,
+        x_quantized=bool(quantized_x),
+        implementation=implementation,
+        **params,
     )
 
 
@@ -170,6 +187,7 @@ def _abstract_eval(
     precision: Any,
     preferred_element_type: np.dtype | None,
     out_sharding: Any,
+    implementation: Implementation | None,
 ) -> Any:
     x, quantized, leaves = split_operands(args, x_quantized)
     check_quantized(x, quantized, act)
@@ -182,31 +200,6 @@ def _abstract_eval(
         out_sharding=out_sharding,
     )
     return aval
-
-
-def _compute(
-    *args: jax.Array,
-    tree: Any,
-    act: ActQuant | None,
-    x_quantized: bool,
-    dimension_numbers: DotDimensionNumbers,
-    weight_side: Side,
-    precision: Any,
-    out_dtype: np.dtype,
-    on_cpu: bool,
-) -> jax.Array:
-    x, quantized, leaves = split_operands(args, x_quantized)
-    return compute_dot(
-        x,
-        quantized,
-        unflatten(tree, leaves),
-        dimension_numbers=dimension_numbers,
-        weight_side=weight_side,
-        act=act,
-        precision=precision,
-        out_dtype=out_dtype,
-        on_cpu=on_cpu,
-    )
 
 
 def compute_dot(
@@ -222,42 +215,89 @@ def compute_dot(
     )
 
 
-def _lower(ctx: Any, *args: Any, on_cpu: bool, **params: Any) -> Any:
-    del params["preferred_element_type"], params["out_sharding"]  # the output's aval has both
-    fn = functools.partial(_compute, out_dtype=ctx.avals_out[0].dtype, on_cpu=on_cpu)
-    return _compat.lower_without_shardings(fn)(ctx, *args, **params)
+def lowering(
+    ctx: Any, weights: Sequence[QTensor], platform: str, params: dict[str, Any]
+) -> tuple[Callable[..., list[jax.Array]], Any]:
+    """How to compute products of one input: each as the kernel that fits best, or by XLA.
+
+    Args:
+      ctx: context of the lowering; its first operand is x.
+      weights: of abstract values.
+      platform: what it is lowered for; "" for any that has no kernels.
+      params: parameters of the equation.
+
+    Returns:
+      `compute(x, quantized, weights) -> products`, and the device that its kernels are for.
+
+    Raises:
+      ValueError: a forced implementation does not fit.
+    """
+    x, dims, side = ctx.avals_in[0], params["dimension_numbers"], params["weight_side"]
+    act, precision, forced = params["act"], params["precision"], params["implementation"]
+    dtypes = [aval.dtype for aval in ctx.avals_out]
+    choices: list[Choice | None] = [None] * len(weights)
+    device = None
+    if platform == "tpu" or forced == "pallas":
+        device, devices, manual = _compat.lowering_devices(ctx)
+        kind = None if device is None else device.device_kind
+        choices = [
+            choose_kernel(
+                x,
+                w,
+                DotAxes.make(dims, x.ndim, w.ndim, side),
+                act,
+                Place(platform or "a platform without kernels", kind, devices, manual),
+                out_dtype=dtype,
+                precision=precision,
+                implementation=forced,
+            )
+            for w, dtype in zip(weights, dtypes, strict=True)
+        ]
+
+    def compute(
+        x: jax.Array, quantized: Sequence[jax.Array], weights: Sequence[QTensor]
+    ) -> list[jax.Array]:
+        return [
+            run_kernel(choice, x, quantized, w)
+            if choice is not None and choice.run is not None
+            else compute_dot(
+                x,
+                quantized,
+                w,
+                dimension_numbers=dims,
+                weight_side=side,
+                act=act,
+                precision=precision,
+                out_dtype=dtype,
+                on_cpu=platform == "cpu",
+            )
+            for w, choice, dtype in zip(weights, choices, dtypes, strict=True)
+        ]
+
+    kernels = any(choice is not None and choice.run is not None for choice in choices)
+    return compute, _compat.abstract_device(device) if kernels else None
 
 
-def _lower_tpu(ctx: Any, *args: Any, **params: Any) -> Any:
-    """A Pallas kernel where one fits, else as on any platform."""
-    device, devices, manual = _compat.lowering_devices(ctx)
-    kind = None if device is None else device.device_kind
-    x, _, leaves = split_operands(ctx.avals_in, params["x_quantized"])
-    w, out = unflatten(params["tree"], leaves), ctx.avals_out[0]
-    axes = DotAxes.make(params["dimension_numbers"], x.ndim, w.ndim, params["weight_side"])
-    choice = choose_kernel(
-        x,
-        w,
-        axes,
-        params["act"],
-        Place("tpu", kind, devices, manual),
-        out_dtype=out.dtype,
-        precision=params["precision"],
-    )
-    if choice.run is None:
-        return _lower(ctx, *args, on_cpu=False, **params)
+def _lower(ctx: Any, *args: Any, platform: str, **params: Any) -> Any:
+    quantized_operands, tree = params["x_quantized"], params["tree"]
+    _, _, avals = split_operands(ctx.avals_in, quantized_operands)
+    compute, device = lowering(ctx, [unflatten(tree, avals)], platform, params)
 
-    def fn(*args: jax.Array, tree: Any, x_quantized: bool, **_: Any) -> jax.Array:
-        x, quantized, leaves = split_operands(args, x_quantized)
-        return run_kernel(choice, x, quantized, unflatten(tree, leaves))
+    def fn(*args: jax.Array) -> jax.Array:
+        x, quantized, leaves = split_operands(args, quantized_operands)
+        (out,) = compute(x, quantized, [unflatten(tree, leaves)])
+        return out
 
-    kernel_device = _compat.abstract_device(device)
-    return _compat.lower_without_shardings(fn, device=kernel_device)(ctx, *args, **params)
+    return _compat.lower_without_shardings(fn, device=device)(ctx, *args)
+
+
+def register_lowerings(primitive: Any, rule: Callable[..., Any]) -> None:
+    """Enters `rule(ctx, *args, platform=, **params)` for the platforms that differ."""
+    mlir.register_lowering(primitive, functools.partial(rule, platform=""))
+    for platform in ("cpu", "tpu"):
+        lower = functools.partial(rule, platform=platform)
+        mlir.register_lowering(primitive, lower, platform=platform)
 
 
 quantized_dot_general_p.def_abstract_eval(_abstract_eval)
-mlir.register_lowering(quantized_dot_general_p, functools.partial(_lower, on_cpu=False))
-mlir.register_lowering(
-    quantized_dot_general_p, functools.partial(_lower, on_cpu=True), platform="cpu"
-)
-mlir.register_lowering(quantized_dot_general_p, _lower_tpu, platform="tpu")
+register_lowerings(quantized_dot_general_p, _lower)

@@ -26,6 +26,7 @@ from jaxquant.core.primitives.dot import bind_dot, quantized_dot_general_p, spli
 from jaxquant.core.primitives.weights import batch_in_front, refuse_gradient, unflatten
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.dispatch import Implementation
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 
 
@@ -146,7 +147,7 @@ def _jvp(
     out = quantized_dot_general_p.bind(*primals, tree=tree, x_quantized=x_quantized, **params)
     if not _compat.has_tangent(x_tangent):
         return out, _compat.zero_tangent(out)
-    params["act"] = None
+    params["act"] = params["implementation"] = None
     return out, bind_dot(x_tangent, unflatten(tree, leaves), **params)
 
 
@@ -158,9 +159,11 @@ def _transpose(
     act: ActQuant | None,
     x_quantized: bool,
     out_sharding: Any,
+    implementation: Implementation | None,
     **params: Any,
 ) -> list[Any]:
-    del x_quantized, out_sharding  # not with act=None; the cotangent has its own
+    # Not with act=None; the cotangent has its own.
+    del x_quantized, out_sharding, implementation
     nothing = [None] * len(leaves)
     check_linear(quantized_dot_general_p.name, x, act)
     if not _compat.has_tangent(cotangent):

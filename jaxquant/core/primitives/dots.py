@@ -9,7 +9,6 @@ products it stands for; a kernel can make it one launch. Its rules are those of 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as jp
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jaxquant.core import _compat
 from jaxquant.core.primitives.dot import (
     check_quantized,
-    compute_dot,
     float_operands,
+    lowering,
+    register_lowerings,
     split_operands,
 )
 from jaxquant.core.primitives.dot_rules import (
@@ -40,6 +40,7 @@ from jaxquant.core.primitives.weights import (
 )
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.dispatch import Implementation
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 
 quantized_dots_p = _compat.make_primitive("quantized_dots", multiple_results=True)
@@ -56,6 +57,7 @@ def bind_dots(
     precision: Any,
     preferred_element_type: np.dtype | None,
     out_shardings: Sequence[Any],
+    implementation: Implementation | None = None,
 ) -> list[jax.Array]:
     """The products of `x` with each weight, all with the same dimension numbers.
 
@@ -69,6 +71,7 @@ def bind_dots(
       precision: likewise.
       preferred_element_type: likewise.
       out_shardings: one for each product.
+      implementation: likewise.
 
     Returns:
       One array for each weight.
@@ -85,6 +88,7 @@ def bind_dots(
         precision=precision,
         preferred_element_type=preferred_element_type,
         out_shardings=tuple(out_shardings),
+        implementation=implementation,
     )
 
 
@@ -107,6 +111,7 @@ def _abstract_eval(
     precision: Any,
     preferred_element_type: np.dtype | None,
     out_shardings: tuple[Any, ...],
+    implementation: Implementation | None,
 ) -> list[Any]:
     x, quantized, leaves = split_operands(args, x_quantized)
     check_quantized(x, quantized, act)
@@ -125,39 +130,16 @@ def _abstract_eval(
     return avals
 
 
-def _compute(
-    *args: jax.Array,
-    tree: Any,
-    act: ActQuant | None,
-    x_quantized: bool,
-    dimension_numbers: DotDimensionNumbers,
-    weight_side: Side,
-    precision: Any,
-    out_dtypes: Sequence[np.dtype],
-    on_cpu: bool,
-) -> list[jax.Array]:
-    x, quantized, leaves = split_operands(args, x_quantized)
-    return [
-        compute_dot(
-            x,
-            quantized,
-            w,
-            dimension_numbers=dimension_numbers,
-            weight_side=weight_side,
-            act=act,
-            precision=precision,
-            out_dtype=dtype,
-            on_cpu=on_cpu,
-        )
-        for w, dtype in zip(jax.tree.unflatten(tree, leaves), out_dtypes, strict=True)
-    ]
+def _lower(ctx: Any, *args: Any, platform: str, **params: Any) -> Any:
+    quantized_operands, tree = params["x_quantized"], params["tree"]
+    _, _, avals = split_operands(ctx.avals_in, quantized_operands)
+    compute, device = lowering(ctx, jax.tree.unflatten(tree, avals), platform, params)
 
+    def fn(*args: jax.Array) -> list[jax.Array]:
+        x, quantized, leaves = split_operands(args, quantized_operands)
+        return compute(x, quantized, jax.tree.unflatten(tree, leaves))
 
-def _lower(ctx: Any, *args: Any, on_cpu: bool, **params: Any) -> Any:
-    del params["preferred_element_type"], params["out_shardings"]  # the outputs' avals have both
-    dtypes = [aval.dtype for aval in ctx.avals_out]
-    fn = functools.partial(_compute, out_dtypes=dtypes, on_cpu=on_cpu)
-    return _compat.lower_without_shardings(fn, multiple_results=True)(ctx, *args, **params)
+    return _compat.lower_without_shardings(fn, multiple_results=True, device=device)(ctx, *args)
 
 
 def _batch(
@@ -226,7 +208,7 @@ def _jvp(
     outs = quantized_dots_p.bind(*primals, tree=tree, x_quantized=x_quantized, **params)
     if not _compat.has_tangent(x_tangent):
         return outs, [_compat.zero_tangent(out) for out in outs]
-    params["act"] = None
+    params["act"] = params["implementation"] = None
     return outs, bind_dots(x_tangent, jax.tree.unflatten(tree, leaves), **params)
 
 
@@ -238,9 +220,11 @@ def _transpose(
     act: ActQuant | None,
     x_quantized: bool,
     out_shardings: Any,
+    implementation: Implementation | None,
     **params: Any,
 ) -> list[Any]:
-    del x_quantized, out_shardings  # not with act=None; the cotangents have their own
+    # Not with act=None; the cotangents have their own.
+    del x_quantized, out_shardings, implementation
     check_linear(quantized_dots_p.name, x, act)
     total = ad.Zero(x.aval)
     # Summed from the last to the first, as the products apart would be.
@@ -257,5 +241,4 @@ quantized_dots_p.def_abstract_eval(_abstract_eval)
 batching.fancy_primitive_batchers[quantized_dots_p] = _batch
 ad.primitive_jvps[quantized_dots_p] = _jvp
 ad.primitive_transposes[quantized_dots_p] = _transpose
-mlir.register_lowering(quantized_dots_p, functools.partial(_lower, on_cpu=False))
-mlir.register_lowering(quantized_dots_p, functools.partial(_lower, on_cpu=True), platform="cpu")
+register_lowerings(quantized_dots_p, _lower)
