@@ -60,6 +60,7 @@ def products_on_codes(jaxpr: Any, notes: list[str]) -> Any:
             "act": None,
             "x_quantized": False,
             "weight_side": side,
+            "implementation": None,
         }
         invars = [x, *source.invars]
         eqns.append(

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import jax
 
 from jaxquant.core import _compat, primitives
+from jaxquant.core.names import shown_name
 from jaxquant.core.primitives.dot import split_operands
 from jaxquant.core.primitives.weights import unflatten
 from jaxquant.pallas_kernels.dot_axes import DotAxes
@@ -99,7 +100,7 @@ def _key(eqn: Any, first: dict[Any, Any]) -> Any:
     w = unflatten(params["tree"], [leaf.aval for leaf in leaves])
     axes = DotAxes.make(params["dimension_numbers"], x.aval.ndim, w.ndim, params["weight_side"])
     groups = tuple(w.scale.shape[a] for a in axes.w_contract)
-    same = ("tree", "act", "dimension_numbers", "weight_side", "precision")
+    same = ("tree", "act", "dimension_numbers", "weight_side", "precision", "implementation")
     return (
         first.get(x, x),
         *quantized,
@@ -155,4 +156,4 @@ def _fused(siblings: Sequence[Any]) -> Any:
 
 
 def _name(eqn: Any) -> str:
-    return "/".join(_compat.name_stack_names(eqn)) or _compat.source_line(eqn)
+    return shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn)

@@ -29,7 +29,7 @@ _FLOAT = {
     quantized_conv_general_dilated_p: jp.conv_general_dilated_p,
     quantized_ragged_dot_p: _compat.ragged_dot_general_p,
 }
-_OWN_PARAMS = ("tree", "act", "weight_side", "x_quantized", "out_shardings")
+_OWN_PARAMS = ("tree", "act", "weight_side", "x_quantized", "out_shardings", "implementation")
 
 
 def as_dot_policy(policy: Callable[..., Any] | None) -> Callable[..., Any] | None:
