@@ -215,7 +215,7 @@ def _read(name: str, chip: str, compiled: Any, folder: str, steps: int) -> Stati
     bundles, units, spills = _largest_schedule(folder)
     estimated = sum(operations.values()) if operations else None
     source = "estimate"
-    if estimated is None and bundles:
+    if estimated is None and bundles and steps:
         estimated, source = bundles * steps, "bundles x steps"
     text = compiled.as_text()
     vmem = [

@@ -1,0 +1,84 @@
+"""The kernels through the real TPU compiler, for five generations, without a TPU.
+
+What it checks for each: that it compiles, uses no more VMEM than was granted, spills nothing at
+decode shapes, and that the program holds the kernel where dispatch says so.
+"""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.tpu_aot import Job, available, measure
+from jaxquant.pallas_kernels.tpu.chips import CHIPS
+from jaxquant.pallas_kernels.tpu.heuristics import choose_config
+from jaxquant.pallas_kernels.tpu.problem import MatmulProblem
+
+pytestmark = pytest.mark.skipif(
+    not available(),
+    reason="THE TPU COMPILER IS NOT INSTALLED (pip install libtpu): NO TPU KERNEL WAS COMPILED",
+)
+
+W4A16 = {"codes": "int4", "group": 128}
+INT8 = {"x_dtype": "int8", "x_scale": True}
+FP8 = {"x_dtype": "float8_e4m3fn", "x_scale": True}
+EVERYTHING = {"zero_point": True, "bias": True, "gate": True, "residual": True}
+PROBLEMS = {
+    "w4a16": MatmulProblem(16, 1024, 1024, **W4A16),
+    "w4a16, zero points, epilogue": MatmulProblem(8, 1024, 512, **W4A16, **EVERYTHING),
+    "w4a16, groups of 32": MatmulProblem(16, 512, 512, "int4", group=32),
+    "w4a8": MatmulProblem(16, 1024, 1024, **W4A16, **INT8),
+    "w8a8": MatmulProblem(16, 1024, 1024, "int8", **INT8),
+    "w8a16": MatmulProblem(16, 1024, 1024, "int8", group=64),
+    "fp8": MatmulProblem(16, 1024, 1024, "float8_e4m3fn", **FP8),
+    "bf16 x fp8": MatmulProblem(16, 512, 512, "float8_e5m2", group=128),
+    "w2a16": MatmulProblem(16, 512, 512, "int2", group=64),
+    "w3a16": MatmulProblem(16, 512, 256, "int3", group=128),
+    "ragged": MatmulProblem(3, 200, 100, "int4"),
+    "prefill w4a16": MatmulProblem(256, 512, 512, **W4A16),
+    "prefill w4a8": MatmulProblem(256, 512, 512, **W4A16, **INT8),
+    "prefill w8a8": MatmulProblem(256, 512, 512, "int8", **INT8),
+    "prefill w2a16": MatmulProblem(128 + 2, 256, 256, "int2", group=64),
+    "prefill table": MatmulProblem(256, 256, 256, "table4", group=64),
+    "prefill ragged": MatmulProblem(130, 96, 300, "int4", group=32),
+}
+
+
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+def test_every_kernel_compiles(chip):
+    jobs = [
+        Job(
+            name,
+            "benchmarks.tpu_cases:chosen",
+            {"problem": dataclasses.asdict(problem), "chip": chip},
+        )
+        for name, problem in PROBLEMS.items()
+    ]
+    product = {"m": 16, "k": 512, "n": 256, "group": 64}
+    jobs.append(Job("product", "benchmarks.tpu_cases:product", {**product, "qtype": "int4"}))
+    channel = {**product, "group": 0, "qtype": "int8"}
+    jobs.append(Job("channel", "benchmarks.tpu_cases:product", channel))
+    got = measure(jobs, chip, profile=False)
+    assert {n: s.error for n, s in got.items() if s.error} == {}
+    for name, problem in PROBLEMS.items():
+        static, config = got[name], choose_config(problem, CHIPS[chip])
+        assert static.kernels == 1, name
+        assert 0 < static.vmem <= config.vmem_limit_bytes <= CHIPS[chip].vmem_bytes, name
+        assert static.bundles > 0 and sum(static.units.values()) > 0, name
+    # Few rows: what is live fits the registers. v4's schedules spill on their own.
+    spills = {n: s.spills for n, s in got.items() if "prefill" not in n and s.spills > 64}
+    assert chip == "v4" or spills == {}
+    assert got["product"].kernels == 1
+    assert got["channel"].kernels == 0
+
+
+def test_cycles_are_told_and_grow_with_the_work():
+    sizes = {n: dataclasses.asdict(MatmulProblem(16, 1024, n, **W4A16)) for n in (1024, 4096)}
+    jobs = [
+        Job(str(n), "benchmarks.tpu_cases:chosen", {"problem": p, "chip": "v5e"})
+        for n, p in sizes.items()
+    ]
+    jobs.append(Job("broken", "benchmarks.tpu_cases:bfloat16", {"m": 16, "k": -1, "n": 16}))
+    got = measure(jobs, "v5e")
+    assert got["1024"].source == got["4096"].source == "estimate"
+    assert 2 * got["1024"].cycles < got["4096"].cycles
+    assert got["broken"].error
