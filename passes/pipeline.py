@@ -12,10 +12,12 @@ import jax
 
 from jaxquant.core import _compat
 from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels.dispatch import Implementation
 from jaxquant.passes.elide_roundtrips import ElideRoundtrips
 from jaxquant.passes.events import Event
 from jaxquant.passes.fuse_siblings import FuseSiblings
 from jaxquant.passes.insert_scales import InsertScales
+from jaxquant.passes.lower_to_kernels import LowerToKernels
 from jaxquant.passes.pass_manager import Pass
 from jaxquant.passes.program import Program
 from jaxquant.passes.share_activation_quant import ShareActivationQuant
@@ -26,6 +28,7 @@ def quantizing_passes(
     *,
     strict: bool = False,
     on_event: Callable[[Event], None] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Pass, ...]:
     """The passes that make a quantized program of a float one.
 
@@ -33,12 +36,14 @@ def quantizing_passes(
       weights: the program's inputs that are quantized, by number (see `InsertScales`).
       strict: raise `StrictError` where a weight would be dequantized.
       on_event: called with every decision about a weight.
+      implementation: of all quantized products: "xla", "pallas", or None for the best.
     """
     return (
         InsertScales(weights, strict=strict, on_event=on_event),
         ShareActivationQuant(),
         ElideRoundtrips(),
         FuseSiblings(),
+        LowerToKernels(implementation=implementation),
     )
 
 

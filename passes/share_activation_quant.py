@@ -35,6 +35,7 @@ import numpy as np
 from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat, primitives
+from jaxquant.core.names import shown_name
 from jaxquant.core.primitives.activation import scale_dtype
 from jaxquant.core.primitives.weights import bind_leaves, unflatten
 from jaxquant.core.qtensor import QTensor
@@ -210,6 +211,6 @@ def _operands(eqn: Any) -> tuple[QTensor, tuple[Any, ...] | None]:
 
 
 def _note(place: Node, users: Sequence[Any]) -> str:
-    names = ["/".join(_compat.name_stack_names(eqn)) or _compat.source_line(eqn) for eqn in users]
+    names = [shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn) for eqn in users]
     aval = place.var.aval.str_short()
     return f"{aval} is quantized once for {len(users)} products: {', '.join(names)}"

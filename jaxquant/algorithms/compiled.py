@@ -21,6 +21,7 @@ from jaxquant.core.qtensor import is_qtensor
 from jaxquant.frontends import describe, quantize
 from jaxquant.frontends.adapter import ModelAdapter
 from jaxquant.frontends.marks import recipe_of
+from jaxquant.pallas_kernels.dispatch import Implementation, check_implementation
 from jaxquant.passes.cost import Cost, traffic
 from jaxquant.passes.pass_manager import Pass, PassManager, Record, Verify
 from jaxquant.passes.pipeline import evaluate, quantizing_passes
@@ -34,6 +35,7 @@ def compile(
     model: Any,
     *args: Any,
     strict: bool = False,
+    implementation: Implementation | None = None,
     passes: Passes | None = None,
     verify: Verify | None = None,
     **kwargs: Any,
@@ -46,6 +48,8 @@ def compile(
         its other arguments. NNX: the call's arguments only. Leaves may be arrays, `QTensor`s or
         `jax.ShapeDtypeStruct`s; what the leaves are decides what is quantized (see `ptq`).
       strict: raise `StrictError` where a weight would be dequantized.
+      implementation: of all quantized products: "xla" or "pallas" to force one, which is an error
+        where it does not fit; None for the best on the platform.
       passes: gets the passes of the pipeline in order and returns those to run, with others put
         anywhere between, before or after them. They start from the float program.
       verify: what is checked after each pass (see `PassManager`).
@@ -60,7 +64,8 @@ def compile(
     """
     if recipe_of(model) is None:
         model = quantize()(model)
-    compiled = Compiled(describe(model), strict=strict, passes=passes, verify=verify)
+    options = {"strict": strict, "implementation": check_implementation(implementation)}
+    compiled = Compiled(describe(model), options, passes, verify)
     compiled._first = compiled._variant(*compiled._given(args, kwargs))
     return compiled
 
@@ -82,13 +87,12 @@ class Compiled:
     def __init__(
         self,
         adapter: ModelAdapter,
-        *,
-        strict: bool,
+        options: dict[str, Any],
         passes: Passes | None,
         verify: Verify | None,
     ) -> None:
-        self._adapter = adapter
-        self._strict, self._passes, self._verify = strict, passes, verify
+        self._adapter, self._options = adapter, options
+        self._passes, self._verify = passes, verify
         self._variants: dict[Hashable, _Variant] = {}
 
     @property
@@ -142,7 +146,7 @@ class Compiled:
         program = trace(fn, tree, rest, kwargs, self._adapter.param_paths(tree))
         arguments = program.flatten(tree, *rest, **kwargs)
         weights = {i: value for i, value in enumerate(arguments) if is_qtensor(value)}
-        steps: Sequence[Pass] = quantizing_passes(weights, strict=self._strict)
+        steps: Sequence[Pass] = quantizing_passes(weights, **self._options)
         if self._passes is not None:
             steps = tuple(self._passes(tuple(steps)))
         manager = PassManager(steps, verify=self._verify, title=self._adapter.name)

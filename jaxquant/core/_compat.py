@@ -347,6 +347,8 @@ def lowering_devices(ctx: Any) -> tuple[Any, int, bool]:
     backend, (platform, *_) = ctx.module_context.backend, ctx.module_context.platforms
     if device is None and backend is not None and backend.platform == platform:
         device = (backend.local_devices() or backend.devices())[0]
+    if device is None:  # lowered for a device that is described only
+        device = getattr(_mesh.get_abstract_mesh(), "abstract_device", None)
     return device, getattr(context, "num_devices", 1), False
 
 

@@ -96,3 +96,16 @@ def _encode(path: str) -> str:
 
 def _decode(path: str) -> str:
     return path.replace(".", "/").replace("%2E", ".").replace("%25", "%")
+
+
+def shown_name(names: Sequence[str]) -> str:
+    """For people: the path of the innermost module, or all scope names where there is no module.
+
+    Args:
+      names: scope names, outermost first.
+    """
+    module = innermost_module(names)
+    if module is None:
+        return "/".join(names)
+    path, cls = module
+    return path or cls

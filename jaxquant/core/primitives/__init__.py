@@ -13,6 +13,7 @@ from jaxquant.core.primitives.describe import (
     describe_conv,
     describe_dequantize,
     describe_lowering,
+    describe_product,
     describe_ragged_dot,
 )
 from jaxquant.core.primitives.dot import quantized_dot_general, quantized_dot_general_p
@@ -31,6 +32,7 @@ __all__ = [
     "describe_conv",
     "describe_dequantize",
     "describe_lowering",
+    "describe_product",
     "describe_ragged_dot",
     "quantize_activation",
     "quantize_activation_p",

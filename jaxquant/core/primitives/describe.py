@@ -14,7 +14,8 @@ from jax import lax
 from jaxquant.core.primitives.kernels import choose_kernel, default_place
 from jaxquant.core.primitives.weights import act_quant, reference_dtype
 from jaxquant.core.qtensor import QTensor
-from jaxquant.pallas_kernels.dispatch import Place
+from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.dispatch import Implementation, Place
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import choose_dot
 from jaxquant.pallas_kernels.reference_conv import choose_linear, conv_scales, ragged_scales
@@ -43,17 +44,54 @@ def describe_lowering(
     """
     axes = DotAxes.make(dimension_numbers, len(x.shape), w.ndim, weight_side)
     act = w.act and act_quant(w.act, len(x.shape), axes.x_contract)
-    place = place or default_place()
-    refused = ""
-    if place.platform == "tpu":
-        kernel = choose_kernel(x, w, axes, act, place, out_dtype=x.dtype)
+    return describe_product(x, w, axes, act, place or default_place(), out_dtype=x.dtype)
+
+
+def describe_product(
+    x: Any,
+    w: QTensor,
+    axes: DotAxes,
+    act: ActQuant | None,
+    place: Place,
+    *,
+    out_dtype: Any,
+    precision: Any = None,
+    implementation: Implementation | None = None,
+) -> tuple[str, str]:
+    """As `describe_lowering`, of a product whose input's scheme is given.
+
+    Args:
+      x: the activation or its aval.
+      w: the weight; its leaves may be avals.
+      axes: which axis does what.
+      act: how x is quantized first, or None.
+      place: where the program will run.
+      out_dtype: dtype of the result.
+      precision: as for lax.dot_general.
+      implementation: forces one.
+
+    Raises:
+      ValueError: the forced one does not fit; the message says why.
+    """
+    remark = ""
+    if place.platform == "tpu" or implementation is not None:
+        kernel = choose_kernel(
+            x,
+            w,
+            axes,
+            act,
+            place,
+            out_dtype=out_dtype,
+            precision=precision,
+            implementation=implementation,
+        )
         if kernel.run is not None:
             return kernel.name, kernel.reason
-        refused = f"; {kernel.reason}"
+        remark = f"; {kernel.reason}"
     choice = choose_dot(
         tuple(x.shape), w.shape, reference_dtype(w), tuple(w.scale.shape), axes, act
     )
-    return f"xla: {choice.method.value}", f"{choice.reason}{refused}"
+    return f"xla: {choice.method.value}", f"{choice.reason}{remark}"
 
 
 def describe_conv(w: QTensor, dimension_numbers: lax.ConvDimensionNumbers) -> tuple[str, str]:

@@ -1,0 +1,140 @@
+"""`lower_to_kernels`: the implementation of each quantized product on the platform, and why.
+
+The last pass. The choice is `jaxquant.pallas_kernels.dispatch`'s, which the lowering of a product
+asks too when it knows what it is compiled for; here it is written down for the place at hand, in
+the notes and the fact "lowerings". An implementation that the user forces is put into the
+equations, and one that does not fit is an error before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from jaxquant.core import _compat, primitives
+from jaxquant.core.names import shown_name
+from jaxquant.core.primitives.dot import split_operands
+from jaxquant.core.primitives.kernels import default_place
+from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels.dispatch import Implementation, Place
+from jaxquant.pallas_kernels.dot_axes import DotAxes
+from jaxquant.passes.edit_jaxpr import all_bodies, edit, replace_eqns
+from jaxquant.passes.pass_manager import Pass, PassResult
+from jaxquant.passes.program import Program
+
+_DOTS = (primitives.quantized_dot_general_p, primitives.quantized_dots_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """What one product becomes.
+
+    Attributes:
+      where: its module, or the user's source line.
+      shapes: of the input and the weight.
+      implementation: e.g. "xla: int8 dot" or "pallas tpu v5e: int4, scale after the dot".
+      reason: why.
+    """
+
+    where: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        """One sentence."""
+        x, w = ("x".join(map(str, shape)) for shape in self.shapes)
+        return f"{self.where}: {x} by {w}: {self.implementation} ({self.reason})"
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerToKernels(Pass):
+    """Chooses an implementation for each product.
+
+    Attributes:
+      place: where the program will run; None for one device of the default kind.
+      implementation: "xla" or "pallas" to force one; None for the best.
+    """
+
+    place: Place | None = None
+    implementation: Implementation | None = None
+
+    name: ClassVar[str] = "lower_to_kernels"
+    requires: ClassVar[frozenset[str]] = frozenset({"quantized"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"lowerings"})
+
+    def run(self, program: Program) -> PassResult:
+        """See `Pass.run`.
+
+        Raises:
+          ValueError: a forced implementation does not fit; the message names the reasons and the
+            user's source line.
+        """
+        describe = self._describer(self.place or default_place())
+        lowerings = tuple(
+            lowering
+            for body in all_bodies(program.jaxpr)
+            for eqn in body.eqns
+            if eqn.primitive in _DOTS
+            for lowering in describe(eqn)
+        )
+        closed = program.jaxpr
+        if self.implementation is not None:
+            closed = edit(closed, lambda jaxpr, _: self._pin(jaxpr))
+        after = program if closed is program.jaxpr else program.with_jaxpr(closed)
+        notes = dict.fromkeys(map(str, lowerings))  # layers say the same
+        return PassResult(after.with_facts(lowerings=lowerings), tuple(notes))
+
+    def _pin(self, jaxpr: Any) -> Any:
+        return replace_eqns(jaxpr, [self._pinned(eqn) for eqn in jaxpr.eqns])
+
+    def _pinned(self, eqn: Any) -> Any:
+        if eqn.primitive not in _DOTS or eqn.params["implementation"] == self.implementation:
+            return eqn
+        return eqn.replace(params={**eqn.params, "implementation": self.implementation})
+
+    def _describer(self, place: Place) -> Callable[[Any], Sequence[Lowering]]:
+        known: dict[Any, tuple[str, str]] = {}  # layers repeat a few products
+
+        def describe(eqn: Any) -> list[Lowering]:
+            p = eqn.params
+            x, _, leaves = split_operands(eqn.invars, p["x_quantized"])
+            stored = jax.tree_util.tree_unflatten(p["tree"], [leaf.aval for leaf in leaves])
+            several = eqn.primitive is primitives.quantized_dots_p
+            where = shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn)
+            where += " or a sibling" * several
+            found = []
+            for w, out in zip(stored if several else [stored], eqn.outvars, strict=True):
+                avals = (x.aval, *jax.tree.leaves(w), out.aval)
+                settings = (p["dimension_numbers"], p["weight_side"], p["act"], p["precision"])
+                key = (avals, jax.tree.structure(w), settings)
+                if key not in known:
+                    known[key] = self._describe(eqn, w, x.aval, out.aval.dtype, place)
+                shapes = (tuple(x.aval.shape), w.shape)
+                found.append(Lowering(where, shapes, *known[key]))
+            return found
+
+        return describe
+
+    def _describe(
+        self, eqn: Any, w: QTensor, x: Any, out_dtype: Any, place: Place
+    ) -> tuple[str, str]:
+        p = eqn.params
+        axes = DotAxes.make(p["dimension_numbers"], x.ndim, w.ndim, p["weight_side"])
+        try:
+            return primitives.describe_product(
+                x,
+                w,
+                axes,
+                p["act"],
+                place,
+                out_dtype=out_dtype,
+                precision=p["precision"],
+                implementation=self.implementation,
+            )
+        except ValueError as error:
+            error.add_note(f"jaxquant: the product at {_compat.source_line(eqn)}")
+            raise
