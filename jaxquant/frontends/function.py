@@ -23,6 +23,7 @@ from jaxquant.passes.pipeline import evaluate, quantizing_passes
 from jaxquant.passes.program import Outputs, is_traceable, trace
 
 F = TypeVar("F", bound=Callable[..., Any])
+_CACHED_CALLS = 256  # of one function: structures and static values that eager calls came with
 
 
 def transform(fn: F, *, strict: bool = False, on_event: Callable[[Event], None] | None = None) -> F:
@@ -30,7 +31,8 @@ def transform(fn: F, *, strict: bool = False, on_event: Callable[[Event], None] 
 
     It can be jitted, vmapped, scanned, rematerialised, differentiated (with respect to float
     arguments) and called inside shard_map. Called eagerly it is compiled once per signature:
-    shapes, dtypes, tree structure, and the values of arguments that are not arrays.
+    shapes, dtypes, tree structure, and the values of arguments that are not arrays. So give a
+    number that changes from call to call as an array, or call the function inside `jax.jit`.
 
     Args:
       fn: function of pytrees. Arguments that are not arrays (numbers, strings, None, …) are
@@ -64,17 +66,21 @@ def transform(fn: F, *, strict: bool = False, on_event: Callable[[Event], None] 
         inside_a_trace = any(map(_compat.is_tracer, jax.tree_util.tree_leaves(values)))
         if key is None or inside_a_trace or not _compat.is_eager():
             return run(values).unwrap()
-        if key not in compiled:
-            compiled[key] = jax.jit(run)
-        return compiled[key](values).unwrap()
+        program = compiled.get(key)
+        if program is None:
+            if len(compiled) >= _CACHED_CALLS:  # the oldest goes: a step number may be an argument
+                compiled.pop(next(iter(compiled)), None)
+            program = compiled[key] = jax.jit(run)
+        return program(values).unwrap()
 
     return wrapped  # type: ignore[return-value]
 
 
 def _signature(tree: Any, static: dict[int, Any]) -> Hashable | None:
     """Key of a compiled call; None if a static argument cannot be hashed."""
-    # True == 1 == 1.0 in a dict, but the function may tell them apart.
-    key = (tree, tuple((i, type(v), v) for i, v in static.items()))
+    # True == 1 == 1.0 in a dict, and 0.0 == -0.0, but the function may tell them apart.
+    values = ((i, type(v), v.hex() if type(v) is float else v) for i, v in static.items())
+    key = (tree, tuple(values))
     try:
         hash(key)
     except TypeError:
