@@ -5,7 +5,7 @@
 The programs and what is asserted of each are those of `tests/passes/random_programs.py`, which runs
 fewer of them. A program follows from its number alone, so that one that fails can be run again with
 ``--first``. The record says what was run and what came out; it is written as the work goes on, and
-a run of the same programs continues where the record ends.
+a run of the same programs continues where the record ends; those that had failed are run again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def main() -> None:
     starts = range(given.first + record["count"], given.first + given.count, _CHUNK)
     end = given.first + given.count
     tasks = [(start, min(_CHUNK, end - start)) for start in starts]
+    failed = [(failure["number"], 1) for failure in record["failures"]]
+    record["failures"], record["count"] = [], record["count"] - len(failed)
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
-        for part in pool.imap(_chunk, tasks):
+        for part in pool.imap(_chunk, [*failed, *tasks]):
             _merge(record, part)
             _write(record, out, given)
             print(f"{record['count']} programs, {len(record['failures'])} failures", flush=True)

@@ -9,7 +9,7 @@ are in `custom_derivatives`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -116,7 +116,7 @@ def while_rule(ctx: Context, ins: list[Any]) -> list[Any]:
     cond_consts, body_consts, carry = _split(ins, num_cond, num_body)
     state, fixed = separate_invariant(ctx, carry)
 
-    def cond(state: Sequence[Any]) -> Any:
+    def running(state: Sequence[Any]) -> Any:
         (out,) = ctx.run(0, params["cond_jaxpr"], [*cond_consts, *merge_fixed(state, fixed)])
         return out
 
@@ -125,7 +125,38 @@ def while_rule(ctx: Context, ins: list[Any]) -> list[Any]:
         new = [_array(ctx, out) for i, out in enumerate(outs) if i not in fixed]
         return _like(new, state)
 
-    return merge_fixed(jax.lax.while_loop(cond, step, state), fixed)
+    loops = finished_stay(ctx, running, step)
+    return merge_fixed(jax.lax.while_loop(*loops, state), fixed)
+
+
+def finished_stay(
+    ctx: Context, running: Callable[[Any], Any], step: Callable[[Any], Any]
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Condition and step for `lax.while_loop`, also where the equation has several conditions.
+
+    A loop that was mapped has one for each: it goes on while any of them holds, and where one does
+    not, its part of the state stays as it is.
+
+    Args:
+      ctx: context of the while equation.
+      running: from the state to the condition, or to an array of them.
+      step: from the state, a list of arrays, to the next. If there are several conditions, their
+        axes are in front in all of them.
+    """
+    (out,) = _compat.open_jaxpr(ctx.params["cond_jaxpr"])[0].outvars
+    if not out.aval.shape:
+        return running, step
+
+    def step_where_running(state: Any) -> list[Any]:
+        mask = running(state)
+
+        def chosen(new: Any, old: Any) -> Any:
+            return jax.lax.select(jax.lax.broadcast_in_dim(mask, old.shape, axes), new, old)
+
+        axes = range(mask.ndim)
+        return list(map(chosen, step(state), state))
+
+    return lambda state: running(state).any(), step_where_running
 
 
 @register(CONTROL, jp.cond_p)

@@ -17,7 +17,7 @@ from jax.extend.core import primitives as jp
 from jax.sharding import PartitionSpec
 
 from jaxquant.core import _compat
-from jaxquant.passes.control_flow import merge_fixed, separate_invariant
+from jaxquant.passes.control_flow import finished_stay, merge_fixed, separate_invariant
 from jaxquant.passes.interpreter import Context, is_weight, register
 from jaxquant.passes.observer import CONTROL, Collected, observer
 from jaxquant.passes.statistics import State, Statistic
@@ -123,8 +123,8 @@ def _while(ctx: Context, ins: list[Any]) -> list[Any]:
     key = own.key
     Full = tuple[Any, list[Any], Collected]
 
-    def cond(full: Full) -> Any:
-        args = [*cond_consts, *merge_fixed(full[1], fixed)]
+    def running(state: list[Any]) -> Any:
+        args = [*cond_consts, *merge_fixed(state, fixed)]
         with own.collecting():  # what a condition multiplies is not calibrated
             return ctx.run(0, params["cond_jaxpr"], args)[0]
 
@@ -136,7 +136,14 @@ def _while(ctx: Context, ins: list[Any]) -> list[Any]:
 
     def merged_step(full: Full) -> Full:
         number, state, before = full
-        state, found = step(number, state)
+        found: Collected = {}
+
+        def next_state(state: list[Any]) -> list[Any]:
+            nonlocal found
+            new, found = step(number, state)
+            return new
+
+        state = finished_stay(ctx, running, next_state)[1](state)
         with own.collecting() as merged:
             own.add(before)
             own.add(found)
@@ -144,7 +151,8 @@ def _while(ctx: Context, ins: list[Any]) -> list[Any]:
 
     _, shapes = jax.eval_shape(step, 0, state)
     start = (jnp.zeros((), jnp.int32), state, own.neutral(shapes))
-    _, state, found = jax.lax.while_loop(cond, merged_step, start)
+    goes_on = finished_stay(ctx, running, list)[0]
+    _, state, found = jax.lax.while_loop(lambda full: goes_on(full[1]), merged_step, start)
     own.add(found)
     return merge_fixed(state, fixed)
 

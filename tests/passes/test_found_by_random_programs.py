@@ -140,3 +140,46 @@ def test_scalar_factors_of_float64_weights_keep_their_precision():
         w = quantize_axes(jnp.asarray(SQUARE["w"], jnp.float64), (0,))
         scaled = scale_by(w, jnp.float64(1) / 3).dequantize()
         np.testing.assert_allclose(scaled, np.asarray(w.dequantize()) / 3, rtol=1e-15)
+
+
+def decoded(p, x, steps):
+    """A loop that ends after so many steps; its state is of several dtypes."""
+
+    def step(state):
+        i, x, key = state
+        return i + 1, jnp.tanh(x @ p["w"]), jax.random.fold_in(key, i)
+
+    i, x, key = jax.lax.while_loop(lambda s: s[0] < steps, step, (0, x, jax.random.key(0)))
+    return i, x, jax.random.normal(key)
+
+
+def test_a_mapped_loop_ends_for_each_when_its_own_condition_does():
+    """Under vmap the equation has a condition for each; `lax.while_loop` refused that."""
+    steps = jnp.array([0, 3, 1, 2, 7])
+    fn = lambda p, xs, steps: jax.vmap(decoded, (None, 0, 0))(p, xs, steps)  # noqa: E731
+    q = {"w": quantize_axes(SQUARE["w"], (0,))}
+    got = transform(fn)(q, X, steps)
+    one = [decoded({"w": q["w"].dequantize()}, x, n) for x, n in zip(X, steps)]
+    jax.tree.map(lambda g, *w: np.testing.assert_allclose(g, np.stack(w), atol=1e-5), got, *one)
+    np.testing.assert_array_equal(got[0], steps)
+    jaxpr = jax.make_jaxpr(transform(fn))(q, X, steps)
+    names = [e.primitive.name for e in equations(jaxpr)]
+    assert names.count("while") == names.count("quantized_dot_general") == 1
+    # Several maps: conditions of two axes.
+    twice = lambda p, xs, steps: jax.vmap(fn, (None, 0, None))(p, xs, steps)  # noqa: E731
+    again = transform(twice)(q, jnp.stack([X, 2 * X]), steps)
+    np.testing.assert_allclose(again[1][0], got[1], atol=1e-6)
+
+
+def test_calibration_of_a_mapped_loop():
+    from jaxquant.algorithms.ptq import ptq
+    from jaxquant.frontends import quantize
+
+    steps = jnp.array([0, 3, 1, 2, 7])
+    fn = lambda p, xs, steps: jax.vmap(decoded, (None, 0, 0))(p, xs, steps)[1]  # noqa: E731
+    static = Rule(weight=WeightScheme("int8"), act=ActScheme(mode="static"))
+    decorated = quantize(Recipe("static", (static,)))(fn)
+    q = ptq(decorated, SQUARE, X, steps, calibration=[(X, steps)], progress=False)
+    reach = float(q["w"].input_scale.item()) * 127
+    assert np.abs(X[1:]).max() <= reach <= np.abs(X).max() * 1.001
+    np.testing.assert_allclose(decorated(q, X, steps)[0], X[0])
