@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jaxquant.evaluate.latency import LatencyOptions as LatencyOptions
     from jaxquant.evaluate.report import Report as Report
     from jaxquant.frontends.decorator import quantize as quantize
+    from jaxquant.frontends.dequantize import dequantize as dequantize
     from jaxquant.frontends.function import transform as transform
     from jaxquant.io.manifest import CheckpointError as CheckpointError
     from jaxquant.io.orbax import inspect as inspect
@@ -71,6 +72,7 @@ _EXPORTS = {
     "LatencyOptions": "jaxquant.evaluate.latency",
     "Report": "jaxquant.evaluate.report",
     "quantize": "jaxquant.frontends.decorator",
+    "dequantize": "jaxquant.frontends.dequantize",
     "transform": "jaxquant.frontends.function",
     "CheckpointError": "jaxquant.io.manifest",
     "inspect": "jaxquant.io.orbax",
