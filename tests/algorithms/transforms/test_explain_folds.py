@@ -1,5 +1,8 @@
 """The proofs of the trained model, as users print them."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,3 +33,16 @@ def test_online_and_nnx():
     assert [t.role for t in folds.turns] == ["stream", "heads", "heads", "input", "input"]
     assert "operand 0 of mul (norm at normalization.py" in str(folds)
     assert "is rotated back" in str(folds)
+
+
+def test_the_proof_in_the_documents_is_what_is_printed():
+    """Apart from line numbers, which are those of one version of Flax."""
+
+    def lines(text):
+        return [re.sub(r" +\[(?:layers|at ).*", "", line) for line in text.splitlines()]
+
+    page = Path(__file__).parents[3] / "docs" / "transforms.md"
+    (proof,) = re.findall(r"```text\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    model, variables = shipped.load()
+    folds = jq.explain_folds(model, variables, TOKENS)
+    assert lines(proof) == lines(folds.groups[1].proof())
