@@ -16,11 +16,12 @@ from jaxquant.core.primitives import quantized_dot_general
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import get_qtype
 from jaxquant.pallas_kernels import reference
-from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.problem import STORAGE, MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 
 # Any 16 values will do: what a lookup costs does not depend on them.
 _TABLE = tuple(i / 8 - 1 for i in range(16))
@@ -109,3 +110,15 @@ def xla(m: int, k: int, n: int, codes: str, group: int, x_dtype: str) -> tuple[A
         )
 
     return fn, avals, 0
+
+
+def quantize_in_front(m: int, k: int, dtype: str, kernel: bool) -> tuple[Any, Any, int]:
+    """Dynamic quantization of x a row, by the kernel or by XLA."""
+    avals = (jax.ShapeDtypeStruct((m, k), jnp.bfloat16),)
+
+    def fn(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if kernel:
+            return quantize_rows(x, dtype)
+        return quantize_activation(x, ActQuant(dtype, (1,)))
+
+    return fn, avals, 1

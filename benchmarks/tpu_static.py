@@ -181,6 +181,8 @@ def _cell(row: Row | None, base: float | None) -> str:
         return ""
     if row.microseconds is None:
         return "does not compile"
+    if row.cycles is None and row.name.startswith("xla"):
+        return "no estimate"
     gain = f", {base / row.microseconds:.2f}x" if base and row.name != "bf16" else ""
     return f"{row.microseconds:.1f} us{gain} ({row.bound})"
 

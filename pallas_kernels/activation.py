@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 # Ranges below this count as zero: the reciprocal of their scale would overflow float32.
-_SMALLEST_RANGE = 2.0**-100
+SMALLEST_RANGE = 2.0**-100
 # Adding 1.5 * 2**23 leaves a float32's value, rounded half to even, in its low mantissa bits.
 # On CPU this takes half the time of round + convert, which XLA guards against NaN and overflow.
-_ROUNDER = np.float32(1.5 * 2**23)
+ROUNDER = np.float32(1.5 * 2**23)
 _ROUNDER_BITS = np.int32(np.float32(1.5 * 2**23).view(np.int32))
 
 
@@ -41,8 +41,8 @@ class ActQuant:
     static: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _GREATEST:
-            raise ValueError(f"activations become one of {list(_GREATEST)}, not {self.dtype!r}")
+        if self.dtype not in GREATEST:
+            raise ValueError(f"activations become one of {list(GREATEST)}, not {self.dtype!r}")
 
     def behind_new_axis(self) -> ActQuant:
         """The same scheme after an axis, with scales of its own, was put in front of x."""
@@ -71,7 +71,7 @@ def quantize_activation(
       ValueError: a static scheme without a scale.
     """
     compute = jnp.promote_types(x.dtype, jnp.float32)
-    greatest = _GREATEST[act.dtype]
+    greatest = GREATEST[act.dtype]
     x = x.astype(compute)
     if act.static:
         if static_scale is None:
@@ -100,12 +100,12 @@ def _absmax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _full_like(scale: jax.Array, dtype: np.dtype) -> jax.Array:
-    return lax.full(scale.shape, np.asarray(_SMALLEST_RANGE, dtype))
+    return lax.full(scale.shape, np.asarray(SMALLEST_RANGE, dtype))
 
 
 def _round_to_int8(x: jax.Array) -> jax.Array:
     """Nearest integers, half to even, of values within -127.5..127.5; NaN becomes any code."""
     if x.dtype != jnp.float32:
         return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int8)
-    bits = lax.bitcast_convert_type(x + _ROUNDER, jnp.int32)
+    bits = lax.bitcast_convert_type(x + ROUNDER, jnp.int32)
     return (bits - _ROUNDER_BITS).astype(jnp.int8)

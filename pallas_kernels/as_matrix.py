@@ -17,9 +17,10 @@ from jax import lax
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import spread_axis
 from jaxquant.pallas_kernels.dot_axes import DotAxes
-from jaxquant.pallas_kernels.tpu.heuristics import Unsupported
+from jaxquant.pallas_kernels.tpu.heuristics import DECODE_ROWS, Unsupported
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.problem import PACKED, STORAGE, MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,18 +138,9 @@ class MatrixProduct:
         """
         p, axes = self.problem, self.axes
         free = [x.shape[a] for a in axes.x_free]
-        x_scale = None
-        if self.act is not None:
-            if quantized is None:
-                given = None if input_scale is None else axes.w_to_x(input_scale)
-                quantized = quantize_activation(x, self.act, given)
-            x, x_scale = quantized
-            spread = jnp.broadcast_to(
-                x_scale, [1 if a in axes.x_contract else n for a, n in enumerate(x.shape)]
-            )
-            x_scale = self._rows(spread, 1).astype(jnp.float32)
+        rows, x_scale = self._quantized_rows(x, quantized, input_scale, interpret)
         out = quantized_matmul(
-            self._rows(x, p.k),
+            rows,
             codes.reshape(p.code_rows, p.n),
             self._columns(scale),
             None if zero_point is None else self._columns(zero_point),
@@ -162,8 +154,31 @@ class MatrixProduct:
         out = out.reshape(*free, *columns)
         if axes.weight_side == "rhs":
             return out
-        rows = len(free)
-        return lax.transpose(out, (*range(rows, out.ndim), *range(rows)))
+        return lax.transpose(out, (*range(len(free), out.ndim), *range(len(free))))
+
+    def _quantized_rows(
+        self,
+        x: jax.Array,
+        quantized: tuple[jax.Array, jax.Array] | None,
+        input_scale: jax.Array | None,
+        interpret: Any,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """X as [m, k], quantized as `act` says, and its scales [m, 1]."""
+        p, act, axes = self.problem, self.act, self.axes
+        if act is None:
+            return self._rows(x, p.k), None
+        if quantized is None:
+            a_row = not act.static and sorted(act.reduce_axes) == sorted(axes.x_contract)
+            if a_row and p.m > DECODE_ROWS:  # fewer rows are not worth a launch of their own
+                parallel = self.config.parallel
+                rows = self._rows(x, p.k)
+                return quantize_rows(rows, act.dtype, parallel=parallel, interpret=interpret)
+            given = None if input_scale is None else axes.w_to_x(input_scale)
+            quantized = quantize_activation(x, act, given)
+        codes, scale = quantized
+        sizes = [1 if a in axes.x_contract else n for a, n in enumerate(x.shape)]
+        scale = jnp.broadcast_to(scale, sizes).astype(jnp.float32)
+        return self._rows(codes, p.k), self._rows(scale, 1)
 
     def _rows(self, x: jax.Array, size: int) -> jax.Array:
         """Arrays over x's axes as [m, size]; contracted axes in the weight's order."""

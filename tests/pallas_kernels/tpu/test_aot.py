@@ -57,6 +57,9 @@ def test_every_kernel_compiles(chip):
     jobs.append(Job("product", "benchmarks.tpu_cases:product", {**product, "qtype": "int4"}))
     channel = {**product, "group": 0, "qtype": "int8"}
     jobs.append(Job("channel", "benchmarks.tpu_cases:product", channel))
+    for dtype in ("int8", "float8_e4m3fn"):
+        rows = {"m": 130, "k": 1024, "dtype": dtype, "kernel": True}
+        jobs.append(Job(dtype, "benchmarks.tpu_cases:quantize_in_front", rows))
     got = measure(jobs, chip, profile=False)
     assert {n: s.error for n, s in got.items() if s.error} == {}
     for name, problem in PROBLEMS.items():
