@@ -78,7 +78,8 @@ def quantize_array(
 
     Raises:
       ValueError: NaN or Inf in w (with their count), a block shape that does not divide (with
-        the divisors), or an option the type does not have. All name the parameter.
+        the divisors), an axis that w lacks, or an option the type does not have. All name the
+        parameter.
     """
     qtype = get_qtype(qtype)
     w = jnp.asarray(w)
@@ -86,6 +87,13 @@ def quantize_array(
         raise ValueError(f"{name}: only floating-point arrays are quantized, not {w.dtype}")
     if not w.size:
         raise ValueError(f"{name}: shape {w.shape} holds no values to quantize")
+    if zero_point is not None and scale is None:
+        raise ValueError(f"{name}: zero_point= goes with scale=; symmetric=False finds both")
+    if not jnp.issubdtype(jnp.dtype(scale_dtype), jnp.floating):
+        raise ValueError(f"{name}: scale_dtype={scale_dtype!r} is no floating-point dtype")
+    for axis in (*(stack_axes or ()), *(() if packed_axis is None else (packed_axis,))):
+        if not -w.ndim <= axis < w.ndim:
+            raise ValueError(f"{name}: there is no axis {axis} in shape {w.shape}")
     if scale is not None:
         block_shape = tuple(n // s for n, s in zip(w.shape, scale.shape, strict=True))
     block_shape = check_block_shape(w.shape, block_shape, name)

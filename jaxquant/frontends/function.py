@@ -43,7 +43,12 @@ def transform(fn: F, *, strict: bool = False, on_event: Callable[[Event], None] 
     Returns:
       The transformed function. Without any QTensor among its arguments it calls ``fn`` itself,
       so float results are bit-identical.
+
+    Raises:
+      TypeError: ``fn`` is no function.
     """
+    if not callable(fn):
+        raise TypeError(f"transform takes a function, not {fn!r}")
     compiled: dict[Hashable, Callable[..., Any]] = {}
 
     @functools.wraps(fn)

@@ -248,6 +248,14 @@ def test_errors_name_the_parameter() -> None:
         quantize_array(w[:0], "int8", (1, 1), name="a/kernel")
     with pytest.raises(ValueError, match="needs one size for each axis"):
         check_block_shape((4, 4), (4,))
+    for options, message in (
+        ({"zero_point": jnp.ones((1, 4))}, "a/kernel: zero_point= goes with scale="),
+        ({"scale_dtype": "int8"}, "a/kernel: scale_dtype='int8' is no floating-point dtype"),
+        ({"packed_axis": 2}, r"a/kernel: there is no axis 2 in shape \(96, 4\)"),
+        ({"stack_axes": (-3,)}, "a/kernel: there is no axis -3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize_array(jnp.ones((96, 4)), "int8", (96, 1), name="a/kernel", **options)
 
 
 def test_choice_of_the_packed_axis() -> None:

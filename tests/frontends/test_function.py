@@ -5,6 +5,7 @@ What it does to a program is in tests/passes.
 
 import jax
 import numpy as np
+import pytest
 
 from jaxquant.core.quantize_array import quantize_array
 from jaxquant.frontends import function, transform
@@ -33,3 +34,8 @@ def test_compiled_calls_do_not_pile_up(monkeypatch):
     for factor in (1, 2, 3, 3, 2, 1):
         fn(W, X, factor)
     assert traced == [1, 2, 3, 1]  # the oldest was forgotten, the last two were kept
+
+
+def test_only_functions_are_transformed():
+    with pytest.raises(TypeError, match="transform takes a function, not 3"):
+        transform(3)
