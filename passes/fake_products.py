@@ -22,7 +22,7 @@ from jaxquant.core.primitives.weights import act_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.structure import Unstructured
 from jaxquant.pallas_kernels.activation import ActQuant
-from jaxquant.pallas_kernels.blocks import spread_blocks
+from jaxquant.pallas_kernels.blocks import spread_axis, spread_blocks
 from jaxquant.pallas_kernels.dot_axes import DotAxes, Side
 from jaxquant.pallas_kernels.reference_conv import plain_ragged
 from jaxquant.passes import fake_derivatives
@@ -58,33 +58,59 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
     if w.act is None or ctx.backward:
         return _bind(ctx, side, x, dequantized(w))
     axes = DotAxes.make(dims, x.ndim, w.ndim, side)
+    dtype = ctx.eqn.outvars[0].aval.dtype
+    return [_quantized_dot(ctx, x, w, axes).astype(dtype)]
+
+
+def _quantized_dot(ctx: Context, x: jax.Array, w: QTensor, axes: DotAxes) -> jax.Array:
+    """The product with a quantized input, in float32 or wider.
+
+    Codes are multiplied first and scaled afterwards, as the quantized product does: rounding the
+    next activation would make a large difference of a small one.
+    """
+    assert w.act is not None
     act = act_quant(w.act, x.ndim, axes.x_contract)
-    static = None
     if act.static:
-        if any(w.input_scale.shape[a] != 1 for a in axes.w_free):
-            raise Unstructured("its experts have static input scales of their own")
-        static = axes.w_to_x(w.input_scale)
+        for axis in axes.w_free:
+            if w.input_scale.shape[axis] != 1:
+                return _over_input_scales(ctx, x, w, axes, axis)
+    static = axes.w_to_x(w.input_scale) if act.static else None
     values, scale = fake_activation(act, x, static)
-    # Codes are multiplied first and scaled afterwards, as the quantized product does: rounding the
-    # next activation would make a large difference of a small one.
+    values = values.astype(x.dtype)
     if all(w.scale.shape[a] == 1 for a in axes.w_contract):
-        out = _sums(ctx, side, values.astype(x.dtype), w.codes.astype(x.dtype))
+        out = _sums(ctx, values, w.codes.astype(x.dtype), axes)
         out = out * axes.w_to_out(spread_blocks(w.scale.astype(out.dtype), w.shape))
     else:
-        out = _sums(ctx, side, values.astype(x.dtype), dequantized(w).astype(x.dtype))
-    out = out * axes.x_to_out(scale.astype(out.dtype))
-    return [out.astype(ctx.eqn.outvars[0].aval.dtype)]
+        out = _sums(ctx, values, dequantized(w).astype(x.dtype), axes)
+    return out * axes.x_to_out(scale.astype(out.dtype))
+
+
+def _over_input_scales(
+    ctx: Context, x: jax.Array, w: QTensor, axes: DotAxes, axis: int
+) -> jax.Array:
+    """One product for each static scale along a free axis of the weight (joined parameters)."""
+    size = w.shape[axis]
+    parts = w.codes, *(spread_axis(p, axis, size) for p in (w.scale, w.input_scale))
+
+    def one(codes: jax.Array, scale: jax.Array, input_scale: jax.Array) -> jax.Array:
+        own = w.replace(codes=codes, scale=scale, input_scale=input_scale)
+        return _quantized_dot(ctx, x, own, axes.without_w_free(axis))
+
+    return jax.vmap(one, axis, axes.weight_out_axis(axis))(*parts)
 
 
 def _bind(ctx: Context, side: Side, x: Any, w: Any) -> list[Any]:
     return _compat.bind(ctx.eqn, [w, x] if side == "lhs" else [x, w])
 
 
-def _sums(ctx: Context, side: Side, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The product with a result that is float32 or wider."""
-    sums = jnp.promote_types(jnp.float32, x.dtype)
-    params = {**ctx.params, "preferred_element_type": sums}
-    return jp.dot_general_p.bind(*((w, x) if side == "lhs" else (x, w)), **params)
+def _sums(ctx: Context, x: jax.Array, w: jax.Array, axes: DotAxes) -> jax.Array:
+    """The float product with a result that is float32 or wider."""
+    operands = (w, x) if axes.weight_side == "lhs" else (x, w)
+    changes = {
+        "dimension_numbers": axes.dimension_numbers,
+        "preferred_element_type": jnp.promote_types(jnp.float32, x.dtype),
+    }
+    return jp.dot_general_p.bind(*operands, **{**ctx.params, **changes})
 
 
 @register(PRODUCTS, jp.conv_general_dilated_p)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
+from jax.sharding import PartitionSpec
 
 from jaxquant.core import _compat
 from jaxquant.core.names import innermost_module
@@ -142,7 +143,7 @@ class Observer(Interpreter):
                 if not self.typed or axis in _compat.varying_axes(seen.x):
                     key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         seen = Seen(seen.x, seen.use, key, seen.group_sizes)
-        self.add({known: {s.name: s.of(seen) for s in wanted}})
+        self.add({known: {s.name: _of(s, seen) for s in wanted}})
 
     def _check(
         self, ctx: Context, path: str, use: Operand, wanted: Sequence[Statistic], weight: bool
@@ -226,6 +227,19 @@ class Observer(Interpreter):
         if ctx.eqn.primitive is jp.dot_general_p:
             _weightless(ctx, ins)
         return None
+
+
+def _of(statistic: Statistic, seen: Seen) -> State:
+    """The state of one array; on an explicit mesh the partitioner reduces it over the devices."""
+    if _compat.explicit_sharding(jax.typeof(seen.x)) is None:
+        return statistic.of(seen)
+
+    def of(x: Any, key: Any, group_sizes: Any) -> State:
+        return statistic.of(Seen(x, seen.use, key, group_sizes))
+
+    return jax.sharding.auto_axes(of, out_sharding=PartitionSpec())(
+        seen.x, seen.key, seen.group_sizes
+    )
 
 
 def _check_conv(path: str, use: Operand) -> None:

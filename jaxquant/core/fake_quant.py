@@ -92,15 +92,17 @@ def _fake_codes_jvp(
     zero = jnp.zeros_like(scale) if zero_point is None else zero_point.astype(values.dtype)
     low, high = grid.reach
 
-    def slope(x: jax.Array, s: jax.Array, z: jax.Array) -> jax.Array:
+    def reached(x: jax.Array, s: jax.Array, z: jax.Array) -> jax.Array:
         y = x.astype(values.dtype) / s
-        return ((y + z >= low) & (y + z <= high)).astype(values.dtype)
+        return (y + z >= low) & (y + z <= high)
 
-    inside = map_blocks(slope, w, scale, zero)
-    ratio = map_blocks(lambda x, s: x.astype(values.dtype) / s, w, scale)
+    inside = map_blocks(reached, w, scale, zero)
+    # Quotients outside may be beyond all bounds: none of them may meet a zero.
+    near = jnp.where(inside, w, 0).astype(values.dtype)
+    ratio = map_blocks(lambda x, s: x / s, near, scale)
     moved = map_blocks(lambda x, s: x / s, tangents[0].astype(values.dtype), scale)
     shrunk = map_blocks(lambda y, s, d: y / s * d, ratio, scale, tangents[1].astype(values.dtype))
-    return values, inside * (moved - shrunk)
+    return values, jnp.where(inside, moved - shrunk, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -136,10 +138,10 @@ def _fake_activation_jvp(
     if static_scale is None:
         return (values, scale), (moved, jnp.zeros_like(scale))
     high = act_limit(act) + (0.5 if act.dtype == "int8" else _half_step(act.dtype, act_limit(act)))
-    ratio = x.astype(values.dtype) / scale
-    inside = (jnp.abs(ratio) <= high).astype(values.dtype)
+    inside = jnp.abs(x.astype(values.dtype) / scale) <= high
+    ratio = jnp.where(inside, x, 0).astype(values.dtype) / scale
     grown = jnp.broadcast_to(tangents[1].astype(values.dtype), scale.shape)
-    return (values, scale), (inside * (moved - ratio / scale * grown), grown)
+    return (values, scale), (jnp.where(inside, moved - ratio / scale * grown, 0), grown)
 
 
 def act_limit(act: ActQuant) -> float:

@@ -93,6 +93,20 @@ def test_a_batch_over_eight_devices(model):
             np.testing.assert_allclose(found[path][name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_an_explicit_mesh():
+    mesh = jax.make_mesh((4, 2), ("d", "t"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    w = jax.random.normal(jax.random.key(2), (16, 4))
+    rules = ["channel_mean", "hessian", "reservoir", "moving_minmax"]
+    plain = jq.calibrate(fn, {"w": w}, X, statistics=rules)["w"]
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(w, NamedSharding(mesh, P(None, "t")))}
+        x = jax.device_put(X, NamedSharding(mesh, P("d")))
+        found = jq.calibrate(fn, params, x, statistics=rules)["w"]
+    for name, value in plain.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
+
+
 def test_errors(model):
     linen, variables = model
     with pytest.raises(ValueError, match="calibration is empty"):

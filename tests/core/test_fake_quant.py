@@ -125,6 +125,16 @@ def test_forward_mode_and_bfloat16():
     np.testing.assert_array_equal(many, jnp.stack([out, f(W / 2)]))
 
 
+def test_a_scale_that_was_trained_to_nothing_gives_no_nan():
+    scale = jnp.full((1, 6), jnp.finfo("float32").tiny)
+    out, pull = jax.vjp(lambda w, s: fake_codes(Grid(get_qtype("int2")), w, s) * s, W, scale)
+    dw, ds = pull(CT)
+    assert np.isfinite(out).all()
+    assert not np.any(dw)
+    sides = np.where(np.asarray(W) > 0, 3, -3)
+    np.testing.assert_allclose(ds[0], (sides * np.asarray(CT, np.float64)).sum(0), rtol=1e-4)
+
+
 def test_the_gradient_scale():
     value, grad = jax.value_and_grad(lambda x: (scale_gradient(x, 0.25) ** 3).sum())(W)
     np.testing.assert_allclose(value, (W**3).sum(), rtol=1e-6)
