@@ -26,6 +26,18 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch, capsys):
     assert "KL" in printed
 
 
+def test_the_pass_of_the_documents_runs(capsys):
+    blocks = re.findall(
+        r"```python\n(.*?)```", (_ROOT / "docs" / "passes.md").read_text(), re.DOTALL
+    )
+    names: dict = {"__name__": "example"}
+    for block in blocks[1:3]:
+        exec(compile(block, "passes.md", "exec", dont_inherit=True), names)
+    assert capsys.readouterr().out == "('x**2 of float32[2,16]',)\n"
+    jaxpr = str(names["compiled"].jaxpr)
+    assert "integer_pow" not in jaxpr and jaxpr.count(" square ") == 1
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path):
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8"))
