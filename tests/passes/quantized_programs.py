@@ -56,16 +56,23 @@ def run(program: Program, inputs: Sequence[Any]) -> list[Any]:
 
 def gradient(program: Program, inputs: Sequence[Any]) -> list[Any]:
     """Gradients of the sum of sines of the outputs with respect to all float inputs."""
+    return run_and_gradient(program, inputs)[1]
+
+
+def run_and_gradient(program: Program, inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Outputs, and gradients of the sum of their sines with respect to all float inputs."""
     floats = [i for i, known in enumerate(program.inputs) if known.part is None]
     floats = [i for i in floats if jax.numpy.issubdtype(inputs[i].dtype, np.floating)]
 
-    def loss(values: list[Any]) -> Any:
+    def loss(values: list[Any]) -> tuple[Any, list[Any]]:
         full = list(inputs)
         for i, value in zip(floats, values, strict=True):
             full[i] = value
-        return sum(jax.numpy.sin(out).sum() for out in evaluate(program, full))
+        outs = evaluate(program, full)
+        return sum(jax.numpy.sin(out).sum() for out in outs), outs
 
-    return jax.jit(jax.grad(loss))([inputs[i] for i in floats])
+    grads, outs = jax.jit(jax.grad(loss, has_aux=True))([inputs[i] for i in floats])
+    return outs, grads
 
 
 def assert_same(got: Any, want: Any) -> None:

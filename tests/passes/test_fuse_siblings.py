@@ -22,6 +22,7 @@ from tests.passes.quantized_programs import (
     gradient,
     quantized,
     run,
+    run_and_gradient,
     weight,
 )
 
@@ -60,9 +61,8 @@ def check(fn, tree, *args, launches, siblings, grad=True):
     counts = count(fused.jaxpr)
     assert (count(program.jaxpr).launches, counts.launches) == launches
     assert counts.primitives.get("quantized_dots", 0) == siblings
-    assert_same(run(fused, inputs), run(program, inputs))
-    if grad:
-        assert_same(gradient(fused, inputs), gradient(program, inputs))
+    both = run_and_gradient if grad else run
+    assert_same(both(fused, inputs), both(program, inputs))
     return fused
 
 

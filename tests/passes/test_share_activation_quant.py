@@ -21,9 +21,9 @@ from jaxquant.passes.share_activation_quant import ShareActivationQuant
 from tests.passes.quantized_programs import (
     apply,
     assert_same,
-    gradient,
     quantized,
     run,
+    run_and_gradient,
     weight,
 )
 from tests.passes.zoo import CASES
@@ -54,9 +54,8 @@ def check(fn, tree, *args, before, after, grad=True):
     shared = apply(program, SHARE)
     assert (quantizations(program), quantizations(shared)) == (before, after)
     assert count(shared.jaxpr).launches == count(program.jaxpr).launches
-    assert_same(run(shared, inputs), run(program, inputs))
-    if grad:
-        assert_same(gradient(shared, inputs), gradient(program, inputs))
+    both = run_and_gradient if grad else run
+    assert_same(both(shared, inputs), both(program, inputs))
     return shared
 
 
@@ -114,9 +113,8 @@ def test_every_way_of_using_a_weight(case):
     assert quantizations(shared) <= quantizations(program)
     names = count(shared.jaxpr).primitives
     assert names.get("quantize_activation", 0) == quantizations(shared)  # none is implicit
-    assert_same(run(shared, inputs), run(program, inputs))
-    if case.has_gradient:
-        assert_same(gradient(shared, inputs), gradient(program, inputs))
+    both = run_and_gradient if case.has_gradient else run
+    assert_same(both(shared, inputs), both(program, inputs))
 
 
 def _experts(p, x, sizes):
