@@ -45,7 +45,9 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
         whole = c.operand == "int8" and c.scale == "end"
         shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
     rows = cut.count * cut.stack * c.bm
-    if c.reading == "bits" or cut.stack > 1:
+    if c.reading == "bits" and c.scale == "before":
+        shapes["laid_out"] = pltpu.VMEM((c.bm, c.bk), jnp.dtype(c.operand))
+    elif c.reading == "bits" or cut.stack > 1:
         shapes["laid_out"] = pltpu.VMEM((rows, cut.size), jnp.dtype(c.operand))
     if needs_sums(problem, c):
         shapes["sums"] = pltpu.VMEM((c.bm if c.scale == "end" else rows, LANES), jnp.float32)
@@ -152,6 +154,9 @@ def _prepare(
             x, y = y[:, :size].astype(config.operand), y[:, size:]
         for i, c in enumerate(chunks):
             own = slice(i * bm, (i + 1) * bm)
+            if config.scale == "before":  # one dot takes all chunks
+                refs["laid_out"][:, c * size : (c + 1) * size] = x[own]
+                continue
             for g in range(cut.stack):
                 rows = pl.ds((c * cut.stack + g) * bm, bm)
                 if "laid_out" in refs:
@@ -277,16 +282,14 @@ def _before(
     zero = None
     if problem.zero_point or config.reading == "bits":
         zero = _stacked([zero_rows(refs, problem, config, r) for r in rows])
-    total = None
+    parts = []
     for c in range(cut.count):
         w = _float_codes(refs, problem, config, cut, c)
         if zero is not None:
             w = w - _spread(zero, problem, config, cut, c)
-        w = (w * _spread(scale, problem, config, cut, c)).astype(config.operand)
-        part = dot(_x_chunk(refs, config, cut, c), w)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+        parts.append((w * _spread(scale, problem, config, cut, c)).astype(config.operand))
+    x = refs["laid_out" if "laid_out" in refs else "x"][...].astype(config.operand)
+    return dot(x, jnp.concatenate(parts, axis=0))
 
 
 def _stacked(rows: list[Any]) -> Any:
