@@ -3,8 +3,8 @@
 Called by the lowerings of `jaxquant.core.primitives`; plain arrays in and out. A scale that is
 constant over what is summed multiplies the output, other scales multiply the weight first. The
 input is quantized only where an `ActQuant` says so: XLA has no integer form of either that is
-faster than floats on every platform (on CPU it widens the codes to int32 and loops). Without it both
-functions are linear in x.
+faster than floats on every platform (on CPU it widens the codes to int32 and loops). Without it
+both functions are linear in x.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ def choose_linear(
     if act is None:
         return LinearChoice(LinearMethod.CODES, scales)
     if act.dtype != "int8" or not jnp.issubdtype(w_dtype, jnp.integer):
-        return LinearChoice(
-            LinearMethod.CODES, f"{act.dtype} activations meet {w_dtype} codes: multiplied as floats"
-        )
+        reason = f"{act.dtype} activations meet {w_dtype} codes: multiplied as floats"
+        return LinearChoice(LinearMethod.CODES, reason)
     if zero_points:
         return LinearChoice(LinearMethod.CODES, "zero points: codes are multiplied as floats")
     if terms > MOST_INT32_TERMS:

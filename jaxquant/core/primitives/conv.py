@@ -1,8 +1,8 @@
 """`quantized_conv_general_dilated`: convolution with a quantized kernel, as a JAX primitive.
 
-The input is quantized only if the kernel's activation scheme says so, which takes a rule that names
-convolutions: XLA's integer convolutions run as plain loops on CPU. Called by the rewriter's rule for
-conv_general_dilated.
+The input is quantized only if the kernel's activation scheme says so, which takes a rule that
+names convolutions: XLA's integer convolutions run as plain loops on CPU. Called by the rewriter's
+rule for conv_general_dilated.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ def quantized_ragged_dot(
     """`lax.ragged_dot_general(x, w, group_sizes)` with quantized experts.
 
     In the plain form a scale per expert and output column multiplies the output; otherwise the
-    experts are dequantized first. What happens to x is the experts' own business (`w.act`): nothing,
-    or codes with one scale a row ("token", in the plain form only), one in all, or the calibrated
-    `w.input_scale`. Gradients pass that straight through.
+    experts are dequantized first. What happens to x is the experts' own business (`w.act`):
+    nothing, or codes with one scale a row ("token", in the plain form only), one in all, or the
+    calibrated `w.input_scale`. Gradients pass that straight through.
 
     Args:
       x: rows, [m, k] in the plain form; the first group_sizes[0] belong to expert 0, and so on.
