@@ -143,7 +143,9 @@ def _outputs(before: Outputs, count: int, handed: dict[int, int]) -> Outputs:
 
 
 def _flatten(program: Program, inputs: list[Any]) -> Callable[..., list[Any]]:
-    structures = {i: tree_structure(x.value) for i, x in enumerate(inputs) if is_weight(x)}
+    structures: dict[int, Any] = {
+        i: tree_structure(x.value) for i, x in enumerate(inputs) if is_weight(x)
+    }
 
     def flatten(*args: Any, **kwargs: Any) -> list[Any]:
         values = program.flatten(*args, **kwargs)

@@ -101,7 +101,9 @@ def _rewrite(program: Program, weights: Mapping[str, QTensor], op_rules: Sequenc
         return events
     jaxpr, consts = _compat.open_jaxpr(program.jaxpr)
     inputs = [
-        Weight(_placed(weights[path], var.aval), path) if path in weights else _struct(var.aval)
+        Weight(_placed(weights[path], var.aval), path)
+        if path is not None and path in weights
+        else _struct(var.aval)
         for path, var in zip(program.paths, jaxpr.invars, strict=True)
     ]
     rewriter = Rewriter(on_event=record, op_rules=op_rules)

@@ -69,7 +69,8 @@ def test_a_forced_implementation_is_pinned_everywhere_once(quantized):
         if "implementation" in eqn.params
     ]
     assert pinned == ["xla", "xla"]  # siblings in one, and the scan's body
-    np.testing.assert_array_equal(compiled(quantized, X), jq.compile(net, quantized, X)(quantized, X))
+    chosen = jq.compile(net, quantized, X)
+    np.testing.assert_array_equal(compiled(quantized, X), chosen(quantized, X))
     again = PassManager([LowerToKernels(implementation="xla")]).run(compiled.program)
     assert again.jaxpr is compiled.jaxpr
 

@@ -63,7 +63,7 @@ class Subject:
         """The float tree with some parameters replaced, placed on devices as the old ones are."""
         leaves, treedef = jax.tree_util.tree_flatten(self._tree)
         for i, path in enumerate(self._paths):
-            if path in new:
+            if path is not None and path in new:
                 sharding = getattr(leaves[i], "sharding", None)
                 leaves[i] = jax.device_put(new[path], sharding)
         return jax.tree_util.tree_unflatten(treedef, leaves)
