@@ -143,10 +143,8 @@ def _observers(plan: Plan) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        whole = name in ("shape", "bytes", "ops")
-        table.add_column(
-            name, overflow="fold", no_wrap=whole, min_width=26 if name == "op" else None
-        )
+        # No min_width: rich then makes the table a column wider than the page, and cuts its end.
+        table.add_column(name, overflow="fold", no_wrap=name in ("shape", "bytes", "ops"))
     return table
 
 

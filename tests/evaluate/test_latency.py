@@ -66,18 +66,19 @@ def test_a_run_does_not_pay_for_what_the_one_before_left_behind(monkeypatch):
     assert all(timing.samples_s == (1.0,) * 4 for timing in found.values())
 
 
-def test_short_calls_are_repeated_within_a_sample():
-    calls = {"n": 0}
+def test_short_calls_are_repeated_within_a_sample(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
 
     def quick():
-        calls["n"] += 1
-        time.sleep(0.0005)
+        calls.append(1)
+        clock[0] += 0.0005
 
     options = LatencyOptions(rounds=3, warmup=0, min_sample_s=0.01)
     found = measure_latency({"quick": quick}, options)["quick"]
-    assert found.calls_per_sample > 3
-    assert calls["n"] == 3 + 3 * (1 + found.calls_per_sample)
-    assert found.median_s < 0.005  # per call, not per sample
+    assert found.calls_per_sample == 20
+    assert len(calls) == 3 + 3 * (1 + 20)
+    assert found.median_s == pytest.approx(0.0005)  # per call, not per sample
 
 
 def test_time_limit_ends_the_rounds_but_not_before_three():

@@ -1,5 +1,6 @@
 """Plans: the rewriter's own decisions, sizes, and what is drawn."""
 
+import dataclasses
 import json
 import math
 
@@ -190,6 +191,25 @@ def test_numbered_layers_are_drawn_once():
     assert "12 of 24 parameters" in drawn
     assert "xla:" in drawn
     assert "is used by mul" in drawn
+
+
+def test_a_table_wider_than_the_page_loses_no_letter():
+    names = ("embedding/kernel", "encoder_block/multi_head_dot_product_attention/query/kernel")
+    params = {names[0]: jnp.ones((4, 4, 3, 64)), names[1]: jnp.ones((64, 8, 32))}
+
+    def fn(p, x):
+        x = jax.lax.conv_general_dilated(
+            x, p[names[0]], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.einsum("bhwc,cnd->bhwnd", x, p[names[1]])
+
+    scheme = WeightScheme("int4", group_size=32)
+    _, plan = planned(scheme, fn, params, jnp.ones((2, 16, 16, 3)))
+    rows = (dataclasses.replace(row, kind="dense", cls="DenseGeneral") for row in plan.rows)
+    plan = dataclasses.replace(plan, rows=tuple(rows))
+    operations = str(plan).partition("lowering or op")[0]
+    for word in ("codes", "dequantize,"):  # the last column's words, whole
+        assert word in operations.replace("\n", " ").split(), operations
 
 
 @pytest.mark.parametrize(
