@@ -48,11 +48,14 @@ class Job:
       maker: "module:function"; called with `arguments`, returns `(fn, avals)`, or
         `(fn, avals, steps)` with the steps of the kernel's grid.
       arguments: keyword arguments, plain JSON.
+      devices: for how many devices; if several, `maker` gets them as `devices` and its avals have
+        shardings over them.
     """
 
     name: str
     maker: str
     arguments: dict[str, Any]
+    devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +166,11 @@ def _work(chip: str, listing: str, out: str, folder: str) -> None:
         for stale in glob.glob(f"{folder}/dump/*") + glob.glob(f"{folder}/profile/*"):
             os.remove(stale)
         module, _, function = job.maker.partition(":")
-        fn, avals, *steps = getattr(importlib.import_module(module), function)(**job.arguments)
+        devices = topology.devices[: job.devices]
+        given = job.arguments | ({"devices": devices} if job.devices > 1 else {})
+        fn, avals, *steps = getattr(importlib.import_module(module), function)(**given)
         try:
-            compiled = compile_for(fn, avals, topology.devices[0])
+            compiled = compile_for(fn, avals, devices[0])
         except Exception as error:  # noqa: BLE001  (whatever it is, it is the result)
             result = Static(job.name, chip, error=f"{type(error).__name__}: {error}"[:2000])
         else:
@@ -179,7 +184,7 @@ def compile_for(fn: Any, avals: Any, device: Any) -> Any:
 
     Args:
       fn: function of arrays.
-      avals: its arguments, ShapeDtypeStructs in any tree.
+      avals: its arguments, ShapeDtypeStructs in any tree; those with a sharding keep it.
       device: of a topology description.
 
     Returns:
@@ -188,21 +193,28 @@ def compile_for(fn: Any, avals: Any, device: Any) -> Any:
     import jax
 
     sharding = jax.sharding.SingleDeviceSharding(device)
-    avals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), avals)
-    with on_tpu(device.device_kind, getattr(device, "num_cores", 1)):
+    avals = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or sharding), avals
+    )
+    meshes = {getattr(a.sharding, "mesh", None) for a in jax.tree.leaves(avals)} - {None}
+    around = contextlib.nullcontext() if meshes else on_tpu(device)
+    with around:
         lowered = jax.jit(fn).trace(*avals).lower(lowering_platforms=("tpu",))
     return lowered.compile()
 
 
 @contextlib.contextmanager
-def on_tpu(device_kind: str, num_cores: int = 1) -> Any:
+def on_tpu(device: Any) -> Any:
     """Within it, kernels are traced for this kind of device."""
     import jax
 
-    device = jax.sharding.AbstractDevice(
-        device_kind=device_kind, num_cores=num_cores, platform="tpu"
+    abstract = jax.sharding.AbstractDevice(
+        device_kind=device.device_kind,
+        num_cores=getattr(device, "num_cores", 1),
+        platform="tpu",
     )
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
         yield
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxquant.core.primitives import quantized_dot_general
 from jaxquant.core.qtensor import QTensor
@@ -122,3 +125,29 @@ def quantize_in_front(m: int, k: int, dtype: str, kernel: bool) -> tuple[Any, An
         return quantize_activation(x, ActQuant(dtype, (1,)))
 
     return fn, avals, 1
+
+
+def sharded(
+    m: int, k: int, n: int, parallel: str, manual: bool, devices: Any
+) -> tuple[Any, Any, int]:
+    """An int4 product on a mesh (data, model): its weight split by "column" or by "row".
+
+    `manual`: inside shard_map; else the partitioner's to split.
+    """
+    mesh = Mesh(np.asarray(devices).reshape(-1, 2), ("data", "model"))
+    spec = P(None, "model") if parallel == "column" else P("model", None)
+    fn, (x, w), _ = product(m, k, n, "int4", 64)
+
+    def body(x: jax.Array, w: QTensor) -> jax.Array:
+        out = fn(x, w)
+        return jax.lax.psum(out, "model") if parallel == "row" else out
+
+    def place(aval: Any, own: P) -> Any:
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=NamedSharding(mesh, own))
+
+    x_spec, out_spec = P("data", spec[0]), P("data", spec[1])
+    avals = place(x, x_spec), jax.tree.map(lambda leaf: place(leaf, spec), w)
+    if not manual:
+        return fn, avals, 0
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(x_spec, spec), out_specs=out_spec)
+    return mapped, avals, 0

@@ -59,7 +59,7 @@ def test_every_kernel_compiles(chip):
     jobs.append(Job("channel", "benchmarks.tpu_cases:product", channel))
     for dtype in ("int8", "float8_e4m3fn"):
         rows = {"m": 130, "k": 1024, "dtype": dtype, "kernel": True}
-        jobs.append(Job(dtype, "benchmarks.tpu_cases:quantize_in_front", rows))
+        jobs.append(Job(f"prefill {dtype}", "benchmarks.tpu_cases:quantize_in_front", rows))
     got = measure(jobs, chip, profile=False)
     assert {n: s.error for n, s in got.items() if s.error} == {}
     for name, problem in PROBLEMS.items():
@@ -85,3 +85,26 @@ def test_cycles_are_told_and_grow_with_the_work():
     assert got["1024"].source == got["4096"].source == "estimate"
     assert 2 * got["1024"].cycles < got["4096"].cycles
     assert got["broken"].error
+
+
+def test_several_devices():
+    """In shard_map kernels run on each one's part, else XLA splits; neither gathers a weight."""
+    jobs = [
+        Job(
+            f"{parallel} {manual}",
+            "benchmarks.tpu_cases:sharded",
+            {"m": 32, "k": 512, "n": 512, "parallel": parallel, "manual": manual},
+            devices=4,
+        )
+        for parallel in ("column", "row")
+        for manual in (True, False)
+    ]
+    got = measure(jobs, "v5e", profile=False)
+    assert {n: s.error for n, s in got.items() if s.error} == {}
+    assert {n: s.kernels for n, s in got.items()} == {
+        "column True": 1,
+        "column False": 0,
+        "row True": 1,
+        "row False": 0,
+    }
+    assert all(s.gathers == 0 for s in got.values())
