@@ -128,10 +128,15 @@ def _run(
     arguments = program.flatten((args, kwargs))
     weights = {i: value for i, value in enumerate(arguments) if is_qtensor(value)}
     passes = quantizing_passes(weights, strict=strict, on_event=on_event)
-    title = getattr(fn, "__name__", type(fn).__name__)
-    program = PassManager(passes, title=title).run(program)
+    program = PassManager(passes, title=_title(fn)).run(program)
     arrays = evaluate(program, jax.tree_util.tree_leaves(arguments))
     return _Result(program.outputs.leaves(arrays, arguments), program.outputs)
+
+
+def _title(fn: Callable[..., Any]) -> str:
+    """The function's name in dumps; the shells of Linen and NNX know their module's."""
+    shell = getattr(fn, "__self__", None)
+    return getattr(shell, "title", None) or getattr(fn, "__name__", type(fn).__name__)
 
 
 def _argument_paths(arguments: Any) -> list[str]:

@@ -243,6 +243,11 @@ class _ApplyCall:
         return out
 
     @property
+    def title(self) -> str:
+        """Name of the call in dumps."""
+        return type(self.module).__name__
+
+    @property
     def returns_variables(self) -> bool:
         return bool(self.options["capture_intermediates"]) or self.options["mutable"] is not False
 

@@ -145,6 +145,11 @@ class _MethodCall:
     def __hash__(self) -> int:
         return hash(self.key)
 
+    @property
+    def title(self) -> str:
+        """Name of the call in dumps."""
+        return str(self.method.__qualname__)
+
     def run(self, _: Any, named: dict[str, Any], args: Any, kwargs: Any) -> Any:
         """The call as a pure function.
 

@@ -1,7 +1,10 @@
 """Dumps: the files, what is in them, and the environment variable."""
 
+import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 import jaxquant as jq
 from jaxquant.passes import dump
@@ -59,6 +62,21 @@ def test_the_environment_names_a_directory(quantized, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXQUANT_DUMP", str(tmp_path / "env"))
     jq.transform(net)(quantized, X)
     assert [p.name for p in (tmp_path / "env").iterdir()] == ["000-net"]
+
+
+def test_a_model_names_its_dumps(tmp_path):
+    class Small(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8)(x)
+
+    model = jq.quantize("w8a8")(Small())
+    variables = jq.ptq(model, model.init(jax.random.key(0), X), X)
+    module = jq.ptq(jq.quantize("w8a8")(nnx.Linear(4, 8, rngs=nnx.Rngs(0))), X)
+    with dump(tmp_path) as folder:
+        model.apply(variables, X)
+        module(X)
+    assert sorted(p.name for p in folder.iterdir()) == ["000-Small", "001-Linear.__call__"]
 
 
 def test_names_of_variables_are_no_difference():
