@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec
 from jaxquant.core import _compat
 from jaxquant.core.names import innermost_module
 from jaxquant.core.structure import Unstructured
-from jaxquant.passes.find_weights import find_weights
 from jaxquant.passes.interpreter import (
     Context,
     Interpreter,
@@ -31,6 +30,7 @@ from jaxquant.passes.interpreter import (
     register,
 )
 from jaxquant.passes.observed import Operand, Seen, conv_operand, dot_operand, ragged_operand
+from jaxquant.passes.observer_checks import MergeChecks
 from jaxquant.passes.program import Program
 from jaxquant.passes.statistics import State, Statistic
 
@@ -67,7 +67,6 @@ class Observer(Interpreter):
     def __init__(self, program: Program, select: Select) -> None:
         self.program, self._select = program, select
         self.met: dict[str, bool] = {}
-        self.uses: dict[str, Operand] = {}
         self.statistics: dict[str, dict[str, Statistic]] = {}
         self.key: Any = None
         self.stacked: tuple[Site, ...] = ()
@@ -75,6 +74,8 @@ class Observer(Interpreter):
         self.typed = True
         self._found: Collected = {}
         self._draws: dict[Key, int] = {}
+        self._checks = MergeChecks(program)
+        self.uses = self._checks.uses
         self._numbers: dict[str | None, dict[Site, int]] = {}
 
     def observe(
@@ -133,7 +134,7 @@ class Observer(Interpreter):
         wanted = self._select(path, weight)
         if not wanted:
             return
-        self._check(ctx, path, seen.use, wanted, weight)
+        self._checks.check(ctx, path, seen.use, wanted, weight, self.manual)
         self.statistics[path] = {s.name: s for s in wanted}
         known, key = (path, levels), self.key
         if key is not None:  # another use of the same parameter draws anew
@@ -144,41 +145,6 @@ class Observer(Interpreter):
                     key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         seen = Seen(seen.x, seen.use, key, seen.group_sizes)
         self.add({known: {s.name: _of(s, seen) for s in wanted}})
-
-    def _check(
-        self, ctx: Context, path: str, use: Operand, wanted: Sequence[Statistic], weight: bool
-    ) -> None:
-        """Refuses what could not be merged."""
-        before = self.uses.setdefault(path, use)
-        for statistic in wanted:
-            if statistic.shape(before) != statistic.shape(use):
-                raise ValueError(
-                    f"{path!r}: {statistic.name} has shape {statistic.shape(use)} at {ctx.source} "
-                    f"and {statistic.shape(before)} at another use of it; observe it with "
-                    "statistics of the whole tensor"
-                )
-            if statistic.by_channel and use.conv is not None:
-                _check_conv(path, use)
-            if statistic.by_channel and self.manual and (not weight or self._cut(ctx, path, use)):
-                raise ValueError(
-                    f"{path!r}: {statistic.name} tells apart the channels that the product at "
-                    f"{ctx.source} sums over, and shard_map splits them over devices; observe it "
-                    "with statistics of the whole tensor"
-                )
-
-    def _cut(self, ctx: Context, path: str, use: Operand) -> bool:
-        """Whether a device sees only some of the channels that the parameter has."""
-        uses = self.program.facts.get("uses") or find_weights(self.program)
-        for other in uses:
-            if other.param == path and other.site == ctx.site:
-                whole = 1
-                for axis in other.axes:
-                    whole *= axis.contracted
-                own = 1
-                for size in use.channel_shape:
-                    own *= size
-                return use.conv is None and whole != own
-        return True
 
     def add(self, found: Collected) -> None:
         """Merges states into what is being collected."""
@@ -242,11 +208,6 @@ def _of(statistic: Statistic, seen: Seen) -> State:
     )
 
 
-def _check_conv(path: str, use: Operand) -> None:
-    if use.conv["batch_group_count"] != 1:
-        raise ValueError(f"{path!r}: no statistics by channel of a convolution with batch groups")
-
-
 def observer(ctx: Context) -> Observer:
     """The interpreter of a context, as what it is."""
     assert isinstance(ctx.interpreter, Observer)
@@ -304,6 +265,8 @@ def _product(ctx: Context, ins: list[Any]) -> list[Any]:
 
 
 def _with_weight(ctx: Context, weight: Weight, side: int, values: list[Any]) -> None:
+    if ctx.backward:
+        return  # a cotangent is no input
     sizes = None
     if ctx.eqn.primitive is jp.dot_general_p:
         use: Operand | None = dot_operand(ctx.eqn, 1 - side, weight=not weight.gathered)
@@ -319,7 +282,7 @@ def _with_weight(ctx: Context, weight: Weight, side: int, values: list[Any]) -> 
 
 
 def _weightless(ctx: Context, values: list[Any]) -> None:
-    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in values):
+    if ctx.backward or not all(jnp.issubdtype(x.dtype, jnp.floating) for x in values):
         return
     found = innermost_module(ctx.names)
     module = found[0] if found else None

@@ -22,9 +22,14 @@ from jaxquant.passes.observe_rules import STATISTICS, Observe, observe_rules
 from jaxquant.passes.program import trace
 from jaxquant.passes.row_statistics import Hessian
 from jaxquant.passes.statistics import AbsMax
+from tests.passes.zoo import CASES
 
 X = jax.random.normal(jax.random.key(0), (6, 8))
 STACK = jax.random.normal(jax.random.key(2), (3, 8, 8)) / 2
+
+
+# Nothing multiplies in the first two; the last sums over both axes of its weight, one at a time.
+UNOBSERVABLE = ("cond_returns_the_weight", "elementwise_use", "used_transposed_as_well")
 
 
 def stacked(p, x):
@@ -52,6 +57,21 @@ def _call(program, *args):
     flat = program.flatten(*args)
     outs = jax.jit(jaxpr_as_fun(program.jaxpr))(*flat)
     return program.outputs.assemble(program.outputs.leaves(outs, flat))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in UNOBSERVABLE], ids=str)
+def test_every_use_of_a_weight_is_observed_and_nothing_else_changes(case):
+    params = case.params()
+    program = trace(case.fn, params, case.inputs)
+    after = PassManager([InsertObservers("channel_absmax")], verify="all").run(program)
+    out, found = _call(after, params, *case.inputs)
+    expected = jax.jit(case.fn)(params, *case.inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), out, expected)
+    only_looked_up = {"e"} if case.name == "lookup_times_weight" else set()
+    assert set(found) >= set(case.axes) - only_looked_up
+    assert all(float(jnp.max(states["channel_absmax"])) > 0 for states in found.values()) or (
+        case.name == "cond_branches"
+    )
 
 
 def test_one_product_is_added_for_a_hessian_and_none_for_the_rest():

@@ -393,6 +393,23 @@ def test_two_uses_with_other_channels_are_refused():
     np.testing.assert_allclose(found["w"]["absmax"], oracle(X)["absmax"])
 
 
+def test_two_uses_that_sum_over_other_axes_are_refused():
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["w"].T
+
+    with pytest.raises(ValueError, match="'w': hessian tells channels apart, and .* other axes"):
+        collect(fn, {"w": W}, (X,), statistics=["hessian"])
+    found = collect(fn, {"w": W}, (X,), statistics=["absmax"])
+    np.testing.assert_allclose(found["w"]["absmax"], oracle(X)["absmax"])
+
+
+def test_cotangents_are_not_observed():
+    def fn(p, x):
+        return jax.grad(lambda x: 100 * jnp.sum(jnp.tanh(x @ p["w"])))(x)
+
+    same(collect(fn, {"w": W}, (X,), statistics=ORDER_FREE)["w"], X)
+
+
 def test_channels_that_shard_map_splits_are_refused():
     mesh = Mesh(np.array(jax.devices()[:4]), ("t",))
 
