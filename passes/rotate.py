@@ -10,6 +10,7 @@ operation is wanted does the program change. Called by `jaxquant.rotate`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -112,7 +113,8 @@ def rotate_parameters(
             new |= _fold_gain(path, group, {p: current(p) for p in parameters})
     for found, rotation in turned:
         for path, spot, _ in found.absorbed:
-            new[path] = rotation.apply(jnp.asarray(current(path)), spot.dim, spot.inner)
+            turn = functools.partial(rotation.apply, axis=spot.dim, inner=spot.inner)
+            new[path] = jax.jit(turn)(jnp.asarray(current(path)))  # one program, not one an op
     return new
 
 

@@ -189,7 +189,9 @@ def _product(turn: Turn, node: Node) -> None:
             varying = [found[0][0]]
     if len(varying) != 1 or (node.kind is jp.div_p and varying == [1]):
         raise Conflict("multiplies channels of a rotated value one by one", node)
-    operand = node.ins[varying[0]]
+    operand, other = node.ins[varying[0]], node.ins[1 - varying[0]]
+    if other in turn.spots:
+        raise Conflict("multiplies two rotated values", node)
     turn.rotate(operand, spot, node, known, form)
     turn.rotate(out, spot, node, known, form)
 
@@ -214,6 +216,8 @@ def _reduce(turn: Turn, node: Node) -> None:
         turn.rotate(value, outer.at(left[outer.dim]), node, out)
     elif spot.dim not in axes:
         _pass(turn, node, value, out, lambda d: left.index(d) if d in left else None)
+    elif out in turn.spots:
+        raise Conflict("sums over one of two rotated axes", node)
     elif not turn.squared(value):
         turn.fixes_ones = True  # the sum of all channels is the product with the ones vector
 

@@ -65,7 +65,8 @@ def test_the_decoder_with_random_factors(scan):
     _, notes, folded = fold(model.apply, params, (TOKENS,))
     assert len(notes) == (5 if scan else 9)
     assert changed(params, folded) == (9 if scan else 18)  # all but embedding and final norm
-    before, after = model.apply(params, TOKENS), model.apply(folded, TOKENS)
+    run = jax.jit(model.apply)
+    before, after = run(params, TOKENS), run(folded, TOKENS)
     assert check_same(before, after, tolerance=1e-5, what="fold") < 1e-5
 
 
@@ -102,7 +103,8 @@ def test_scanned_and_separate_layers_fold_alike():
 def test_other_architectures_with_random_factors(fn, params, x):
     _, _, folded = fold(fn, params, (x,))
     assert changed(params, folded) >= 8
-    assert check_same(fn(params, x), fn(folded, x), tolerance=1e-5, what="fold") < 1e-5
+    run = jax.jit(fn)
+    assert check_same(run(params, x), run(folded, x), tolerance=1e-5, what="fold") < 1e-5
 
 
 STEPS = {
@@ -144,7 +146,8 @@ def test_random_programs_stay_the_same(names, seed):
         return x @ p["w6"]
 
     _, _, folded = fold(fn, params, (x,), lambda g: random_factors(g, seed))
-    check_same(fn(params, x), fn(folded, x), tolerance=1e-4, what=str(names))
+    run = jax.jit(fn)
+    check_same(run(params, x), run(folded, x), tolerance=1e-4, what=str(names))
 
 
 def test_bfloat16_parameters_stay_bfloat16_and_powers_of_two_are_exact():
