@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 NOTE = (
     "Estimates of the TPU compiler (libtpu), no timing on hardware: time = max(estimated cycles /"
     " clock, bytes moved once / bandwidth). Behind each gain: what bounds the time. Where there are"
-    " no estimated cycles (v4; XLA's grouped lowering), only bytes count, so times are too low."
+    " no estimated cycles (bf16 on v4), the floor of bytes and matrix operations stands instead."
 )
 # What each column is: fields of a problem. v7x multiplies fp8, not int8.
 FORMATS: dict[str, dict[str, Any]] = {
@@ -141,10 +141,10 @@ def _row(
     least = p.m * p.k * p.n / (chip.macs_per_cycle * chip.cores) / chip.clock * 1e6
     if config is not None and config.operand == "int8":
         least /= 2
-    time = None if static.error else max(compute or 0.0, memory)
+    time = None if static.error else max(least if compute is None else compute, memory)
     bound = "memory"
     if compute is None:
-        bound = "bytes only: no cycle estimate"
+        bound = "floor: no cycle estimate"
     elif compute > memory:
         bound = max(static.units, key=lambda unit: static.units[unit])
     return Row(

@@ -19,7 +19,7 @@ from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.as_matrix import MatrixProduct, Weight, flatten
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip, chip_of
-from jaxquant.pallas_kernels.tpu.heuristics import Unsupported, choose_config
+from jaxquant.pallas_kernels.tpu.heuristics import AFTER_ROWS, Unsupported, choose_config
 from jaxquant.pallas_kernels.tpu.problem import PACKED, MatmulConfig, MatmulProblem
 
 Implementation = Literal["xla", "pallas"]
@@ -99,7 +99,7 @@ def choose(
         _check_floats(x_dtype, precision)
         problem = flatten(x_shape, x_dtype, weight, axes, act, out_dtype)
         if implementation is None:
-            _check_worth(problem)
+            _check_worth(problem, chip)
         config = choose_config(problem, chip)
     except Unsupported as reason:
         refused = (f"pallas tpu: {reason}",)
@@ -149,9 +149,14 @@ def _check_floats(x_dtype: Any, precision: Any) -> None:
         raise Unsupported(f"precision {precision} asks for more than one bfloat16 pass")
 
 
-def _check_worth(problem: MatmulProblem) -> None:
+def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
     if problem.groups == 1 and problem.codes not in PACKED:
         raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
+    if problem.m > AFTER_ROWS and chip.mxu_dtypes == ("bfloat16",):
+        raise Unsupported(
+            f"{problem.m} rows: kernels for more than {AFTER_ROWS} spill registers on {chip.name}"
+            " and take longer than writing the weight out in bfloat16"
+        )
 
 
 def _why(problem: MatmulProblem, config: MatmulConfig) -> str:

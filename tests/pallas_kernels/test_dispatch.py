@@ -85,6 +85,7 @@ REFUSALS = [
     ({"place": Place("tpu", "TPU v3")}, "TPU v3 is none of v4, v5e, v5p, v6e, v7x"),
     ({"place": Place("tpu", "TPU v5 lite", 4)}, "4 devices share the program"),
     ({"x": "float16"}, "x is float16"),
+    ({"place": Place("tpu", "TPU v4"), "x_shape": (129, 256)}, "spill registers on v4"),
     ({"precision": lax.Precision.HIGHEST}, "more than one bfloat16 pass"),
     ({"weight": Weight("int4", (256, 128), (1, 128))}, "XLA fuses the conversion"),
     ({"weight": Weight("int4", (256, 128), (16, 128))}, "groups of 16 are no multiple of 32"),
@@ -104,7 +105,7 @@ def test_why_not(change, reason):
     choice = pick(**arguments)
     assert choice.run is None and choice.name == "xla"
     assert reason in choice.reason and choice.refused == (choice.reason,)
-    if "XLA fuses" not in reason:
+    if "XLA fuses" not in reason and "spill" not in reason:  # those two are a matter of speed
         with pytest.raises(ValueError, match="implementation='pallas', but no kernel fits: pallas"):
             pick(**arguments, implementation="pallas")
 
