@@ -18,7 +18,7 @@ import numpy as np
 from jaxquant.algorithms.calibrate import calibrate
 from jaxquant.algorithms.transforms.subject import Subject, split_arguments
 from jaxquant.frontends.batches import call_arguments
-from jaxquant.passes.channel_flow import ChannelGroup, find_channel_groups
+from jaxquant.passes.channel_flow import Absorber, ChannelGroup, find_channel_groups
 from jaxquant.passes.channel_labels import Array
 from jaxquant.passes.fold_transforms import FACT, FoldTransforms, fold_parameters
 
@@ -73,10 +73,15 @@ def smooth(
         raise ValueError("give batches as calibration=, not the model's arguments")
     own, named = call_arguments(first, "calibration batch 0")
     subject = Subject(model, variables, own, {**kwargs, **named}, "smooth")
-    found = calibrate(
-        model, *args, calibration=itertools.chain([first], batches), statistics=STATISTIC, **kwargs
-    )
-    chosen = _chosen(find_channel_groups(subject.program), only)
+    groups = find_channel_groups(subject.program)
+    chosen = _chosen(groups, only)
+    found: Mapping[str, Mapping[str, Any]] = {}
+    observed = [w.path for g in groups if chosen & set(g.consumers) for w in _weights(g)]
+    if observed:
+        found = calibrate(
+            model, *args, calibration=itertools.chain([first], batches),
+            statistics=dict.fromkeys(observed, STATISTIC), **kwargs,
+        )  # fmt: skip
 
     def factors(group: ChannelGroup) -> Array | None:
         if not chosen & set(group.consumers):
@@ -128,6 +133,11 @@ def smooth_factors(
     with np.errstate(divide="ignore", invalid="ignore"):
         factors = np.maximum(x**alpha / w ** (1 - alpha), 1e-5)
     return np.where((x > 0) & (w > 0), factors, 1.0)[1:]
+
+
+def _weights(group: ChannelGroup) -> tuple[Absorber, ...]:
+    """The weights that may take factors, if need be behind an explicit operation."""
+    return (group if group.foldable or group.explicit is None else group.explicit).weights
 
 
 def _chosen(groups: Sequence[ChannelGroup], only: str | Sequence[str]) -> set[str]:
