@@ -42,8 +42,7 @@ class Chunks:
         if config.reading == "bits":
             size = max(LANES, BITS[problem.codes].unit)
         elif config.scale == "after":
-            size = group if group >= LANES or LANES % group else LANES
-            size = min(size, bk)
+            size = min(group, bk) if group >= LANES or LANES % group or bk % LANES else LANES
         else:
             size = bk
         if bk % size or problem.k % bk:

@@ -1,4 +1,4 @@
-"""Which config a product gets on a chip: rules, and a table where one was measured to be better.
+"""Which config a product gets on a chip, by rules.
 
 `choose_config` is asked by dispatch and by the benchmarks. The rules follow from the compiler's
 static schedules (docs/tpu.md has the figures):
@@ -17,6 +17,7 @@ import dataclasses
 import math
 
 from jaxquant.pallas_kernels.tpu.chips import Chip
+from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.problem import (
     PACKED,
     STORAGE,
@@ -27,7 +28,6 @@ from jaxquant.pallas_kernels.tpu.problem import (
     vmem_bytes,
 )
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
-from jaxquant.pallas_kernels.tpu.tuned import TUNED
 
 # Up to this many rows x stays whole and the weight streams.
 DECODE_ROWS = 64
@@ -60,9 +60,7 @@ def choose_config(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
     if scale == "before" and operand == "int8":
         operand = "bfloat16"
     reading = _reading(problem, chip, operand, scale)
-    tuned = TUNED.get((chip.name, problem.codes, problem.x_dtype, scale, _row_class(problem.m)))
-    for target in (*(() if tuned is None else (tuned,)), *_targets(problem, chip, scale)):
-        bm, bn, bk = target
+    for bm, bn, bk in _targets(problem, chip, scale):
         config = _fit(problem, chip, MatmulConfig(bm, bn, bk, scale, reading, operand))
         if config is not None:
             return config
@@ -125,10 +123,6 @@ def _granule(problem: MatmulProblem) -> int:
     return base if problem.groups == 1 else math.lcm(base, problem.group)
 
 
-def _row_class(m: int) -> str:
-    return "decode" if m <= DECODE_ROWS else "prefill"
-
-
 def _targets(
     problem: MatmulProblem, chip: Chip, scale: ScaleTime
 ) -> tuple[tuple[int, int, int], ...]:
@@ -153,6 +147,10 @@ def _fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConf
     bn = p.n if p.n <= wanted.bn else _near_divisor(p.n, wanted.bn)
     bk = _block_of_k(p.k, _granule(p), wanted.bk)
     config = dataclasses.replace(wanted, bm=bm, bn=bn, bk=bk, parallel=chip.cores > 1)
+    try:
+        Chunks.make(p, config)
+    except ValueError as uneven:
+        raise Unsupported(str(uneven)) from None
     needed = vmem_bytes(p, config)
     limit = int(chip.vmem_bytes * 0.9)
     if needed > limit:

@@ -97,6 +97,14 @@ def test_every_order_in_several_blocks(order):
         check(problem, config)
 
 
+def test_k_that_is_no_multiple_of_a_chunk():
+    """Groups of 32 share chunks of 128 only where those divide k."""
+    for k in (96, 160, 288):
+        problem = MatmulProblem(5, k, 96, "int4", "bfloat16", 32, True, out_dtype="float32")
+        for chip in ("v5e", "v6e"):
+            check(problem, choose_config(problem, CHIPS[chip]))
+
+
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize(
     ("codes", "group", "scale"), [("int8", 0, "end"), ("int4", 64, "after"), ("int4", 0, "end")]
@@ -158,5 +166,8 @@ def test_what_does_not_fit_is_said():
         dataclasses.replace(problem, codes="int5")
     with pytest.raises(Unsupported, match="groups of 16 are no multiple of 32"):
         choose_config(dataclasses.replace(problem, group=16), CHIPS["v5e"])
+    uneven = MatmulProblem(8, 768, 128, "int3", group=96)
+    with pytest.raises(Unsupported, match="chunks of 256 and groups of 96"):
+        choose_config(uneven, CHIPS["v5e"])
     with pytest.raises(ValueError, match="blocks of 192"):
         cases.run(problem, dataclasses.replace(config, bk=192), cases.make(problem))
