@@ -136,7 +136,7 @@ def _run(
 def _title(fn: Callable[..., Any]) -> str:
     """The function's name in dumps; the shells of Linen and NNX know their module's."""
     shell = getattr(fn, "__self__", None)
-    return getattr(shell, "title", None) or getattr(fn, "__name__", type(fn).__name__)
+    return str(getattr(shell, "title", None) or getattr(fn, "__name__", type(fn).__name__))
 
 
 def _argument_paths(arguments: Any) -> list[str]:
