@@ -24,7 +24,9 @@ from benchmarks.harness import Figure
 from benchmarks.speed import forward, race
 from jaxquant.models import shipped
 from jaxquant.models.linen import Decoder
+from jaxquant.passes.channel_flow import find_channel_groups
 from jaxquant.passes.pass_manager import Pass, Record
+from jaxquant.passes.program import trace
 from jaxquant.passes.verify import Verifier
 
 WITHOUT = ("share_activation_quant", "fuse_siblings", "elide_roundtrips")
@@ -168,13 +170,16 @@ def _call(compiled: Any, arguments: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: jitted(*arguments)
 
 
-def _decode_step(preset: str, batch: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def _decode_step(
+    preset: str, batch: int, *, quantize: bool = True
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """One token against a KV cache that holds 128: function, and arguments to call it with."""
     model, variables = shipped.load(scan_layers=True)
     rows, length = batch, 128
     tokens = jnp.asarray(next(iter(shipped.held_out(rows, length).values()))[0])[:, :length]
-    decorated = jq.quantize(preset)(model)
-    quantized = jq.ptq(decorated, variables, tokens, progress=False)
+    weights = variables
+    if quantize:
+        weights = jq.ptq(jq.quantize(preset)(model), variables, tokens, progress=False)
     _, filled = model.apply(variables, tokens, decode=True, mutable=["cache"])
     token = tokens[:, -1:]
 
@@ -184,11 +189,41 @@ def _decode_step(preset: str, batch: int) -> tuple[Callable[..., Any], tuple[Any
         )
         return logits, updated["cache"]
 
-    return step, (quantized, filled["cache"], token)
+    return step, (weights, filled["cache"], token)
 
 
-FIGURES = {"pipeline": pipeline, "savings": savings, "forward": forward}
+def folding(quick: bool) -> Figure:
+    """What a decode step is spared where factors per channel are folded, counted."""
+    step, arguments = _decode_step("w8a8", 1, quantize=False)
+    program = trace(step, arguments[0], arguments[1:])
+    rows = []
+    for group in find_channel_groups(program):
+        width = group.channels.shape[-1]
+        inputs = group.channels.size // width
+        rows.append(
+            {
+                "weights": ", ".join(group.consumers),
+                "absorbed by": ", ".join(p.path for p in group.producers) or "nothing",
+                "multiplications of an input": inputs * group.foldable,
+                "bytes read and written for them": 2 * 4 * group.channels.size * group.foldable,
+                "why not": "" if group.foldable else "; ".join(group.obstacles),
+            }
+        )
+    return Figure(
+        title="What a decode step of batch 1 is spared by folding factors per channel",
+        target="every group with a producer that can absorb is folded",
+        rows=rows,
+        met={"folded": any(row["multiplications of an input"] for row in rows)},
+        notes=[
+            "Counted, not timed: an explicit factor reads an input and writes it once in each "
+            "layer, unless XLA fuses it into what made the input. Quality: "
+            "`python -m benchmarks.transforms`.",
+        ],
+    )
+
+
+FIGURES = {"pipeline": pipeline, "savings": savings, "folding": folding, "forward": forward}
 
 
 if __name__ == "__main__":
-    harness.main("benchmarks.passes", FIGURES, FIGURES, "passes")
+    harness.main("benchmarks.passes", FIGURES, ("pipeline", "savings", "forward"), "passes")
