@@ -6,6 +6,7 @@ decode shapes, and that the program holds the kernel where dispatch says so.
 
 import dataclasses
 
+import jax
 import pytest
 
 from benchmarks.tpu_aot import Job, available, measure
@@ -67,8 +68,10 @@ def test_every_kernel_compiles(chip):
         assert static.kernels == 1, name
         assert 0 < static.vmem <= config.vmem_limit_bytes <= CHIPS[chip].vmem_bytes, name
         assert static.bundles > 0 and sum(static.units.values()) > 0, name
-    # Few rows: what is live fits the registers. v4's schedules spill on their own.
-    spills = {n: s.spills for n, s in got.items() if "prefill" not in n and s.spills > 64}
+    # Few rows: what is live fits the registers. v4's schedules spill on their own, and those of
+    # the compilers before jax 0.12 a little.
+    most = 64 if jax.__version_info__ >= (0, 12) else 512
+    spills = {n: s.spills for n, s in got.items() if "prefill" not in n and s.spills > most}
     assert chip == "v4" or spills == {}
     assert got["product"].kernels == 1
     assert got["channel"].kernels == 0
