@@ -124,7 +124,7 @@ def _count(total: dict[str, int], more: dict[str, int] | collections.Counter[str
 
 def _write(record: dict[str, Any], out: Path, given: argparse.Namespace) -> None:
     first = f" --first {given.first}" * bool(given.first)
-    record["command"] = f"python -m benchmarks.random_programs --count {given.count}{first}"
+    record["command"] = f"python -m benchmarks.random_programs --count {record['count']}{first}"
     for name in ("rows_of_plans", "programs_with_primitive", "occurrences_of_primitive"):
         record[name] = dict(sorted(record[name].items(), key=lambda item: (-item[1], item[0])))
     out.parent.mkdir(exist_ok=True)
