@@ -15,12 +15,39 @@ from jax import lax
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 
 
-def plain_dot(x: jax.Array, w: jax.Array, axes: DotAxes, precision: Any, sums: Any) -> jax.Array:
-    """lax.dot_general of x and w on their sides, with sums (and a result) of dtype `sums`."""
+def plain_dot(
+    x: jax.Array,
+    w: jax.Array,
+    axes: DotAxes,
+    precision: Any,
+    sums: Any,
+    *,
+    on_cpu: bool = False,
+) -> jax.Array:
+    """lax.dot_general of x and w on their sides, with sums (and a result) of dtype `sums`.
+
+    With `on_cpu`, narrow floats with wider sums have x on the left and a barrier behind: XLA's CPU
+    backend folds the transpose of such a product's result into the product, and then refuses to
+    run it ("Unsupported element type: BF16 x BF16 = F32").
+    """
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < np.dtype(sums).itemsize
+    if on_cpu and narrow:
+        if axes.weight_side == "lhs" and isinstance(precision, tuple):
+            precision = precision[::-1]
+        out = plain_dot(x, w, axes.x_first, precision, sums)
+        return move_weight(lax.optimization_barrier(out), axes)
     left, right = (x, w) if axes.weight_side == "rhs" else (w, x)
     return lax.dot_general(
         left, right, axes.dimension_numbers, precision=precision, preferred_element_type=sums
     )
+
+
+def move_weight(out: jax.Array, axes: DotAxes) -> jax.Array:
+    """A result from the layout with the weight on the right to that of `axes`."""
+    if axes.weight_side == "rhs":
+        return out
+    batch, rows = len(axes.x_batch), len(axes.x_free)
+    return jnp.moveaxis(out, range(batch, batch + rows), range(out.ndim - rows, out.ndim))
 
 
 def int32_dot(codes: jax.Array, values: jax.Array, axes: DotAxes) -> jax.Array:

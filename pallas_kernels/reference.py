@@ -12,6 +12,7 @@ a zero point costs one sum over each row of x and is exact. `choose_dot` picks t
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,7 +25,7 @@ from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import centered, dequantize, spread_axis, spread_blocks
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import DotMethod, choose_dot
-from jaxquant.pallas_kernels.plain_dot import int32_dot, plain_dot
+from jaxquant.pallas_kernels.plain_dot import int32_dot, move_weight, plain_dot
 
 
 def dot_general(
@@ -103,7 +104,7 @@ def dot_general(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     scale = scale.astype(wide)
     if act is None:
-        out = _float_dot(method, x, values, scale, zero_point, axes, precision)
+        out = _float_dot(method, x, values, scale, zero_point, axes, precision, on_cpu)
         return out.astype(out_dtype)
     if quantized_x is None:
         static_scale = None
@@ -114,15 +115,16 @@ def dot_general(
     if method in (DotMethod.INT8, DotMethod.INT8_GROUPS, DotMethod.INT8_LOOP):
         first = axes.x_first
         out = _integer_dot(method, codes, values, scale, zero_point, first)
-        return _move_weight(out * first.x_to_out(x_scale), axes).astype(out_dtype)
+        return move_weight(out * first.x_to_out(x_scale), axes).astype(out_dtype)
     if method is DotMethod.FP8:
         if on_cpu:
             codes, values = codes.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
-        out = plain_dot(codes, values, axes, None, wide) * _to_out(scale, axes, values.shape)
+        out = plain_dot(codes, values, axes, None, wide, on_cpu=on_cpu)
+        out = out * _to_out(scale, axes, values.shape)
     else:
         # Codes of 8 bits are exact in every float dtype: rounding happened once, in the codes.
         floats = codes.astype(x.dtype)
-        out = _float_dot(method, floats, values, scale, zero_point, axes, precision)
+        out = _float_dot(method, floats, values, scale, zero_point, axes, precision, on_cpu)
     return (out * axes.x_to_out(x_scale)).astype(out_dtype)
 
 
@@ -148,22 +150,22 @@ def _float_dot(
     zero_point: jax.Array | None,
     axes: DotAxes,
     precision: Any,
+    on_cpu: bool,
 ) -> jax.Array:
     """The product of floats with the weight; the result is in the dtype of the sums."""
     sums = scale.dtype
+    dot = functools.partial(plain_dot, precision=precision, sums=sums, on_cpu=on_cpu)
     if method is DotMethod.DEQUANTIZE:
-        return plain_dot(x, dequantize(values, scale, zero_point, x.dtype), axes, precision, sums)
+        return dot(x, dequantize(values, scale, zero_point, x.dtype), axes)
     w = centered(values, zero_point, x.dtype)
     if method is DotMethod.SCALED_INPUT:
         spread = axes.w_to_x(spread_blocks(scale, values.shape))
-        return plain_dot((x.astype(sums) * spread).astype(x.dtype), w, axes, precision, sums)
+        return dot((x.astype(sums) * spread).astype(x.dtype), w, axes)
     if method is DotMethod.GROUPS:
         x, w, scale = _by_group((x, w, scale), scale.shape, axes)
         axes = axes.stacked
-        return jnp.sum(
-            plain_dot(x, w, axes, precision, sums) * _to_out(scale, axes, w.shape), axis=0
-        )
-    return plain_dot(x, w, axes, precision, sums) * _to_out(scale, axes, values.shape)
+        return jnp.sum(dot(x, w, axes) * _to_out(scale, axes, w.shape), axis=0)
+    return dot(x, w, axes) * _to_out(scale, axes, values.shape)
 
 
 def _integer_dot(
@@ -233,14 +235,6 @@ def _split_off(array: jax.Array, axes: tuple[int, ...], counts: list[int]) -> ja
     rest = [i for i in range(len(shape)) if i not in front]
     array = lax.transpose(array.reshape(shape), (*front, *rest))
     return array.reshape(math.prod(counts), *(shape[i] for i in rest))
-
-
-def _move_weight(out: jax.Array, axes: DotAxes) -> jax.Array:
-    """From the layout with the weight on the right to that of `axes`."""
-    if axes.weight_side == "rhs":
-        return out
-    batch, rows = len(axes.x_batch), len(axes.x_free)
-    return jnp.moveaxis(out, range(batch, batch + rows), range(out.ndim - rows, out.ndim))
 
 
 def _over_input_scales(

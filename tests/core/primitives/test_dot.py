@@ -167,6 +167,36 @@ def test_narrow_floats(dtype, act, preferred):
     oracle.assert_close(got, want, 2e-5 if preferred else 5e-3)
 
 
+@pytest.mark.parametrize("side", ["lhs", "rhs"])
+@pytest.mark.parametrize("rows", [(4,), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("qtype", "block", "act"),
+    [
+        ("int8", (64, 1), None),
+        ("int4", (16, 1), None),
+        ("float8_e4m3", (64, 1), ActScheme("float8_e4m3")),
+    ],
+    ids=str,
+)
+def test_transposed_results_of_narrow_floats(qtype, block, act, rows, side):
+    """XLA's CPU backend cannot run a bfloat16 product whose transpose it folded into it."""
+    w = _quantized(qtype, (64, 24), act, block).replace(dtype=np.dtype(jnp.bfloat16))
+    x = random(0, *rows, 64).astype(jnp.bfloat16)
+    last = len(rows)
+    dims = (((0,), (last,)), ((), ())) if side == "lhs" else (((last,), (0,)), ((), ()))
+    fn = functools.partial(
+        quantized_dot_general,
+        dimension_numbers=dims,
+        weight_side=side,
+        preferred_element_type=jnp.float32,
+    )
+    got = jax.jit(lambda x, w: jnp.moveaxis(fn(x, w), 0, -1))(x, w)
+    floats = np.asarray(w.replace(dtype=np.dtype("float32")).dequantize(), np.float64)
+    want = seen(x.astype(jnp.float32), act, (last,)) @ floats
+    want = np.moveaxis(np.moveaxis(want, -1, 0) if side == "lhs" else want, 0, -1)
+    oracle.assert_close(got, want, 2e-5)
+
+
 @pytest.mark.parametrize("block", [(64, 1), (16, 1)])
 def test_wider_weight_is_not_narrowed(block):
     w = _quantized("int8", (64, 8), None, block)
