@@ -48,7 +48,8 @@ class Pass(abc.ABC):
         facts.
       ensures: facts, or the stage, that the program has afterwards.
       retraces: True if the pass makes its equations by tracing. Tracing infers types, so that the
-        verifier need not; equations that a pass puts together by hand are always checked.
+        verifier need not; equations that a pass puts together by hand are always checked. What
+        such a pass does to constraints on weights and to their donation is its own business.
       keeps_outputs: False if the pass adds outputs to the program or takes some away.
     """
 
@@ -198,7 +199,7 @@ class PassManager:
             if change is not None:
                 before, step = change
                 verifier.check_change(
-                    before, program, outputs=step.keeps_outputs, typed=step.retraces
+                    before, program, outputs=step.keeps_outputs, retraced=step.retraces
                 )
         except VerificationError as error:
             raise VerificationError(f"{where}: {error}") from error

@@ -59,40 +59,56 @@ class Verifier:
         if self._full:
             _check_types(jaxpr, jaxpr.eqns)
 
-    def check_change(self, before: Program, after: Program, *, outputs: bool, typed: bool) -> None:
+    def check_change(
+        self,
+        before: Program,
+        after: Program,
+        *,
+        outputs: bool,
+        retraced: bool,
+    ) -> None:
         """Checks that nothing was lost between two programs.
 
         Args:
           before: the program a pass was given.
           after: what it returned.
           outputs: whether the outputs must have kept their types.
-          typed: whether new equations were made by tracing, and so need no check of types.
+          retraced: whether new equations were made by tracing, and so need no check of types.
+            Weights may then have become several arrays: a constraint on a weight is one on each
+            of its parts, with other specs, and the parts are not donated.
 
         Raises:
           VerificationError: with the equation and the user's source line where there is one.
         """
         old, _ = _compat.open_jaxpr(before.jaxpr)
         new, _ = _compat.open_jaxpr(after.jaxpr)
-        if not typed and not self._full:
+        if not retraced and not self._full:
             known = {id(eqn) for eqn in old.eqns}
             _check_types(new, _different([eqn for eqn in new.eqns if id(eqn) not in known]))
         if outputs:
             _check_outputs(old, new)
-        lost = survivors(old) - survivors(new)
+        kept, found = (survivors(j, retraced=retraced) for j in (old, new))
+        lost = kept - found
         if lost:
             items = ", ".join(f"{n} x {what}" for what, n in sorted(lost.items(), key=str))
             raise VerificationError(f"lost: {items}")
 
 
-def survivors(jaxpr: Any) -> collections.Counter[str]:
-    """What no pass may drop, counted: effects, constraints, checkpoint names, donations."""
+def survivors(jaxpr: Any, *, retraced: bool = False) -> collections.Counter[str]:
+    """What no pass may drop, counted: effects, constraints, checkpoint names, donations.
+
+    Args:
+      jaxpr: the jaxpr.
+      retraced: see `Verifier.check_change`.
+    """
     found: collections.Counter[str] = collections.Counter()
     for eqn in (eqn for body in all_bodies(jaxpr) for eqn in body.eqns):
         if eqn.primitive is jp.name_p:
             found[f"checkpoint_name {eqn.params['name']!r}"] += 1
         elif eqn.primitive is jp.sharding_constraint_p:
-            found[f"sharding constraint {eqn.params['sharding']}"] += 1
-        elif eqn.primitive is jp.jit_p:
+            spec = "" if retraced else f" {eqn.params['sharding']}"
+            found[f"sharding constraint{spec}"] += 1
+        elif eqn.primitive is jp.jit_p and not retraced:
             found["donated buffer"] += sum(eqn.params["donated_invars"])
         if eqn.effects and eqn.primitive not in CONTROL_FLOW:
             found[f"effect of {eqn.primitive}"] += 1
