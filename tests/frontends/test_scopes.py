@@ -9,8 +9,17 @@ from flax import nnx
 from jaxquant.core import _compat, names
 from jaxquant.frontends import describe, quantize
 from jaxquant.frontends.scopes import nnx_scopes
+from jaxquant.passes import PassResult
+from jaxquant.passes.fuse_siblings import FuseSiblings
 from tests.frontends import linen_zoo, nnx_zoo
 from tests.frontends.support import quantize_module, quantize_tree
+
+
+@pytest.fixture(autouse=True)
+def _products_apart(monkeypatch):
+    """One equation for each product: siblings in one would show the first one's name only."""
+    monkeypatch.setattr(FuseSiblings, "run", lambda self, program: PassResult(program))
+
 
 DOTS = ("dot_general", "conv_general_dilated")
 DOTS += tuple(f"quantized_{name}" for name in DOTS)
