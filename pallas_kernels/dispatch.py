@@ -2,7 +2,7 @@
 
 `choose` is asked by the lowering of `quantized_dot_general`, which then runs the choice, and by the
 plan, which shows it. It looks at shapes, dtypes and the place only. Where no kernel fits, XLA's
-route (`jaxquant.pallas_kernels.reference`) is taken and `Choice.refused` says why.
+route (`jaxquant.pallas_kernels.reference`) is taken and `Choice.reason` says why.
 """
 
 from __future__ import annotations
@@ -50,13 +50,11 @@ class Choice:
       name: e.g. "pallas tpu v5e: int4, scale after the dot", or "xla".
       reason: why, in words.
       run: `(x, quantized, codes, scale, zero_point, input_scale) -> result`; None for XLA.
-      refused: why each kernel that was considered does not fit.
     """
 
     name: str
     reason: str
     run: Callable[..., jax.Array] | None = None
-    refused: tuple[str, ...] = ()
 
 
 def choose(
@@ -93,7 +91,6 @@ def choose(
     """
     if check_implementation(implementation) == "xla":
         return Choice("xla", "asked for by implementation='xla'")
-    refused: tuple[str, ...]
     try:
         chip = _chip(place)
         _check_floats(x_dtype, precision)
@@ -101,16 +98,16 @@ def choose(
         if implementation is None:
             _check_worth(problem, chip)
         config = choose_config(problem, chip)
-    except Unsupported as reason:
-        refused = (f"pallas tpu: {reason}",)
+    except Unsupported as why:
+        refused = f"pallas tpu: {why}"
     else:
         when = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
         name = f"pallas tpu {chip.name}: {problem.codes}, scale {when[config.scale]}"
         run = MatrixProduct(problem, config, weight, axes, act)
         return Choice(name, _why(problem, config), run)
     if implementation == "pallas":
-        raise ValueError(f"implementation='pallas', but no kernel fits: {'; '.join(refused)}")
-    return Choice("xla", refused[0], refused=refused)
+        raise ValueError(f"implementation='pallas', but no kernel fits: {refused}")
+    return Choice("xla", refused)
 
 
 def check_implementation(implementation: Any) -> Implementation | None:

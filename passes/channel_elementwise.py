@@ -50,19 +50,13 @@ def _repeat(flow: Flow, node: Node) -> None:
 def _carry(flow: Flow, node: Node) -> None:
     (start, result), (incoming, final) = node.ins, node.outs
     axis, why = start.depth, "the scan hands it from iteration to iteration"
-    for inner in (incoming, result):
+    for outer, inner in ((start, incoming), (start, result), (final, incoming)):
         link(
-            flow, node, start, inner,
+            flow, node, outer, inner,
             lambda x: np.expand_dims(x, axis),
             lambda x: flow.labels.collapse(x, [axis]).squeeze(axis),
             why,
         )  # fmt: skip
-    link(
-        flow, node, final, incoming,
-        lambda x: np.expand_dims(x, axis),
-        lambda x: flow.labels.collapse(x, [axis]).squeeze(axis),
-        why,
-    )  # fmt: skip
     equal(flow, node, [start, final], why)
 
 

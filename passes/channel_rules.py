@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from jax.extend.core import Primitive
 
+from jaxquant.passes import registry
 from jaxquant.passes.channel_graph import Node, Value
 from jaxquant.passes.channel_labels import Array
 from jaxquant.passes.channel_solver import Flow, Reason, Rule
@@ -24,15 +25,7 @@ Map = Callable[[Array], Array]
 
 def register(*kinds: Primitive | str) -> Callable[[Rule], Rule]:
     """Decorator that enters a rule for operations; a second rule for one is an error."""
-
-    def enter(rule: Rule) -> Rule:
-        for kind in dict.fromkeys(kinds):
-            if kind in RULES:
-                raise ValueError(f"{kind} already has a rule")
-            RULES[kind] = rule
-        return rule
-
-    return enter
+    return registry.register(RULES, *kinds)
 
 
 def link(

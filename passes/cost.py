@@ -21,8 +21,11 @@ from jaxquant.core import _compat, primitives
 from jaxquant.core.qtensor import storage_bytes
 from jaxquant.passes.count import PRODUCTS, count
 from jaxquant.passes.edit_jaxpr import bodies
+from jaxquant.passes.interpreter import ELEMENT_MOVES
 
 _LOOKUPS = frozenset({jp.gather_p, jp.dynamic_slice_p})
+# What a compiler fuses into the reader of a parameter, so that the parameter's bytes are read.
+_FOLLOWED = frozenset(ELEMENT_MOVES) - _LOOKUPS
 _UPDATES = frozenset({jp.dynamic_update_slice_p, jp.scatter_p, jp.scatter_add_p})
 _MOVES = frozenset({jp.sort_p, primitives.dequantize_p, primitives.quantize_activation_p})
 
@@ -103,15 +106,6 @@ def _body(jaxpr: Any, weights: Sequence[bool]) -> Traffic:
             if eqn.primitive in _FOLLOWED and any(flags):
                 known.update(eqn.outvars)
     return total
-
-
-# What a compiler fuses into the reader of a parameter, so that the parameter's bytes are read.
-_FOLLOWED = frozenset(
-    {
-        jp.convert_element_type_p, jp.transpose_p, jp.reshape_p, jp.squeeze_p, jp.slice_p,
-        jp.broadcast_in_dim_p, jp.copy_p, jp.name_p, jp.sharding_constraint_p, jp.rev_p,
-    }
-)  # fmt: skip
 
 
 def _control(eqn: Any, inner: Sequence[Any], flags: list[bool]) -> Traffic:

@@ -54,16 +54,17 @@ def custom_jvp_rule(ctx: Context, ins: list[Any]) -> list[Any]:
                 dots_of_parts, parts = jax.tree_util.tree_flatten(dot)
                 refuse_gradient(f"custom_jvp with {original.path!r}", parts, dots_of_parts)
                 dot = SymbolicZero(jax.typeof(value).to_tangent_aval())
-            dots.append(dot if symbolic else _instantiate(dot))
+            dots.append(dot if symbolic else instantiate(dot))
         outs = list(user_jvp.call_wrapped(*values, *dots))
         half = len(outs) // 2
-        return outs[:half], [_instantiate(t) for t in outs[half:]]
+        return outs[:half], [instantiate(t) for t in outs[half:]]
 
     call.defjvp(jvp, symbolic_zeros=True)
     return call(*leaves)
 
 
-def _instantiate(tangent: Any) -> Any:
+def instantiate(tangent: Any) -> Any:
+    """The tangent as an array."""
     if isinstance(tangent, SymbolicZero):
         return jnp.zeros(tangent.shape, tangent.dtype)
     return tangent

@@ -53,9 +53,8 @@ from jaxquant.passes.activation_moves import (
     representatives,
     scale_shape,
 )
-from jaxquant.passes.edit_jaxpr import apply, edit, is_var
-from jaxquant.passes.pass_manager import Pass, PassResult
-from jaxquant.passes.program import Program
+from jaxquant.passes.body_pass import BodyPass
+from jaxquant.passes.edit_jaxpr import apply, is_var
 
 # int32 holds this many products of -128 (which absmax quantization never makes, but a QTensor may
 # hold) and an 8-bit code less its zero point.
@@ -63,25 +62,16 @@ _MOST_TERMS = (2**31 - 1) // (128 * 255)
 
 
 @dataclasses.dataclass(frozen=True)
-class ElideRoundtrips(Pass):
+class ElideRoundtrips(BodyPass):
     """Codes that are at hand are used as they are; see the module's docstring."""
 
     name: ClassVar[str] = "elide_roundtrips"
-    requires: ClassVar[frozenset[str]] = frozenset({"quantized"})
 
-    def run(self, program: Program) -> PassResult:
-        """Applies the pass."""
-        notes: list[str] = []
-
-        def elide(jaxpr: Any, _: Any) -> Any:
-            jaxpr = elide_dequantize.codes_out_of_branches(jaxpr, notes)
-            jaxpr = elide_dequantize.products_on_codes(jaxpr, notes)
-            return _Body(jaxpr, notes).elided()
-
-        closed = edit(program.jaxpr, elide)
-        if closed is program.jaxpr:
-            return PassResult(program)
-        return PassResult(program.with_jaxpr(closed), tuple(notes))
+    def edited(self, jaxpr: Any, notes: list[str]) -> Any:
+        """See `BodyPass`."""
+        jaxpr = elide_dequantize.codes_out_of_branches(jaxpr, notes)
+        jaxpr = elide_dequantize.products_on_codes(jaxpr, notes)
+        return _Body(jaxpr, notes).elided()
 
 
 class Node(NamedTuple):

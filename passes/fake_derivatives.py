@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat
+from jaxquant.passes.custom_derivatives import instantiate
 from jaxquant.passes.interpreter import Context, Rule, is_weight, register
 
 CONTROL: dict[Primitive, Rule] = {}
@@ -46,18 +45,12 @@ def _custom_jvp(ctx: Context, ins: list[Any]) -> list[Any]:
         return _run(ctx, values, leaves, tree)
 
     def jvp(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-        dots = tangents[0] if symbolic else [_instantiate(t) for t in tangents[0]]
+        dots = tangents[0] if symbolic else [instantiate(t) for t in tangents[0]]
         outs = list(user_jvp.call_wrapped(*primals[0], *dots))
-        return call(*primals), [_instantiate(t) for t in outs[len(outs) // 2 :]]
+        return call(*primals), [instantiate(t) for t in outs[len(outs) // 2 :]]
 
     call.defjvp(jvp, symbolic_zeros=True)
     return call(values, leaves)
-
-
-def _instantiate(tangent: Any) -> Any:
-    if isinstance(tangent, SymbolicZero):
-        return jnp.zeros(tangent.shape, tangent.dtype)
-    return tangent
 
 
 @register(CONTROL, jp.custom_vjp_call_p)

@@ -20,17 +20,17 @@ from jaxquant.core.fake_quant import fake_activation
 from jaxquant.core.primitives.conv import conv_act
 from jaxquant.core.primitives.weights import act_quant
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.structure import Unstructured
+from jaxquant.core.schemes import ActScheme
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.blocks import spread_axis, spread_blocks
 from jaxquant.pallas_kernels.dot_axes import DotAxes, Side
 from jaxquant.pallas_kernels.reference_conv import plain_ragged
 from jaxquant.passes import fake_derivatives
 from jaxquant.passes.control_flow import CONTROL
-from jaxquant.passes.interpreter import Context, Rule, Weight, is_weight, register
+from jaxquant.passes.interpreter import Context, Rule, Weight, register
 from jaxquant.passes.rewrite import Rewriter
 from jaxquant.passes.rewrite_moves import MOVES
-from jaxquant.passes.weightless import is_attention_product, rule_for
+from jaxquant.passes.rewrite_products import dot_operands, weight_on_the_right
 
 PRODUCTS: dict[Primitive, Rule] = {}
 
@@ -44,16 +44,7 @@ def dequantized(w: QTensor) -> jax.Array:
 
 @register(PRODUCTS, jp.dot_general_p)
 def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
-    """As the rewriter's: of two weights the one that was looked up is the input."""
-    lhs, rhs = ins
-    if is_weight(lhs) and is_weight(rhs):
-        if rhs.gathered and not lhs.gathered:
-            rhs = dequantized(rhs.value)
-        else:
-            lhs = dequantized(lhs.value)
-    side: Side = "lhs" if is_weight(lhs) else "rhs"
-    weight, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
-    _require_float(x)
+    x, weight, side = dot_operands(ctx, ins)
     w, dims = weight.value, ctx.params["dimension_numbers"]
     if w.act is None or ctx.backward:
         return _bind(ctx, side, x, dequantized(w))
@@ -115,10 +106,7 @@ def _sums(ctx: Context, x: jax.Array, w: jax.Array, axes: DotAxes) -> jax.Array:
 
 @register(PRODUCTS, jp.conv_general_dilated_p)
 def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
-    x, weight = ins
-    if is_weight(x) or not is_weight(weight):
-        raise Unstructured("a weight is the input of a convolution")
-    _require_float(x)
+    x, weight = weight_on_the_right(ins, "the input of a convolution")
     w = weight.value
     if w.act is not None and not ctx.backward:
         x = _with_one_scale(conv_act(w.act, x.ndim, **ctx.params), x, w)
@@ -127,10 +115,7 @@ def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
 
 @register(PRODUCTS, _compat.ragged_dot_general_p)
 def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
-    x, weight, *rest = ins
-    if is_weight(x) or not is_weight(weight):
-        raise Unstructured("a weight is the left side of a ragged dot")
-    _require_float(x)
+    x, weight, *rest = weight_on_the_right(ins, "the left side of a ragged dot")
     w = weight.value
     if w.act is not None and not ctx.backward:
         plain = plain_ragged(x, w, rest[0], ctx.params)
@@ -151,27 +136,17 @@ def _floats(act: ActQuant, x: jax.Array, static_scale: Any = None) -> jax.Array:
     return (values * scale).astype(x.dtype)
 
 
-def _require_float(x: Any) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise Unstructured(f"the other operand is {x.dtype}, not floating point")
-
-
 class FakeQuantizer(Rewriter):
     """The rewriter for weights whose codes are floats."""
 
     rules = MOVES | PRODUCTS
     control_rules = {**CONTROL, **fake_derivatives.CONTROL}
 
-    def visit(self, ctx: Context, ins: list[Any]) -> list[Any] | None:
-        """Fake-quantizes both operands of a product of two activations if a rule names it."""
-        if not is_attention_product(ctx.eqn, ctx.names) or ctx.backward:
-            return None
-        rule = rule_for(self._op_rules, ctx.names)
-        if rule is None or rule.act is None:
-            return None
+    def product(self, ctx: Context, ins: list[Any], act: ActScheme) -> list[Any]:
+        """Fake-quantizes both operands."""
         contract, _ = ctx.params["dimension_numbers"]
         operands = [
-            _floats(act_quant(rule.act, x.ndim, axes), x)
+            _floats(act_quant(act, x.ndim, axes), x)
             for x, axes in zip(ins, contract, strict=True)
         ]
         return _compat.bind(ctx.eqn, operands)

@@ -20,6 +20,7 @@ from jaxquant.core import _compat
 from jaxquant.passes import custom_derivatives as custom_derivatives  # enters its rules
 from jaxquant.passes.control_flow import CONTROL
 from jaxquant.passes.interpreter import (
+    ELEMENT_MOVES,
     Context,
     Interpreter,
     Rule,
@@ -87,11 +88,7 @@ class _Inserter(Interpreter):
         return weight.value.array
 
 
-@register(
-    RULES, jp.convert_element_type_p, jp.transpose_p, jp.reshape_p, jp.broadcast_in_dim_p,
-    jp.squeeze_p, jp.slice_p, jp.dynamic_slice_p, jp.rev_p, jp.sharding_constraint_p, jp.copy_p,
-    jp.name_p, jp.stop_gradient_p, _compat.reshard_p, _compat.pvary_p,
-)  # fmt: skip
+@register(RULES, *ELEMENT_MOVES)
 def _move(ctx: Context, ins: list[Any]) -> list[Any]:
     (mark, *_) = (x for x in ins if is_weight(x))
     outs = _compat.bind(ctx.eqn, [x.value.array if is_weight(x) else x for x in ins])

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from jax.extend.core import Primitive
 
 from jaxquant.core import _compat
+from jaxquant.passes import registry
 from jaxquant.passes.axes import Origin, Role
 from jaxquant.passes.interpreter import Site
 
@@ -123,12 +124,4 @@ def register(table: dict[Primitive, Rule], *primitives: Primitive) -> Callable[[
     A rule returns what the outputs come from, None for what comes from no parameter alone. It
     raises `Unstructured` with what the equation does to the parameter; then its way ends.
     """
-
-    def enter(rule: Rule) -> Rule:
-        for primitive in dict.fromkeys(primitives):
-            if primitive in MOVES or primitive in STRUCTURE:
-                raise ValueError(f"primitive {primitive} already has a rule")
-            table[primitive] = rule
-        return rule
-
-    return enter
+    return registry.register(table, *primitives, others=(MOVES, STRUCTURE))

@@ -32,25 +32,19 @@ from jaxquant.core.primitives.dot import split_operands
 from jaxquant.core.primitives.weights import unflatten
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.passes.activation_moves import representatives
-from jaxquant.passes.edit_jaxpr import edit, is_var, new_eqn, replace_eqns
-from jaxquant.passes.pass_manager import Pass, PassResult
-from jaxquant.passes.program import Program
+from jaxquant.passes.body_pass import BodyPass
+from jaxquant.passes.edit_jaxpr import is_var, new_eqn, replace_eqns
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseSiblings(Pass):
+class FuseSiblings(BodyPass):
     """One `quantized_dots` for products that share an input; see the module's docstring."""
 
     name: ClassVar[str] = "fuse_siblings"
-    requires: ClassVar[frozenset[str]] = frozenset({"quantized"})
 
-    def run(self, program: Program) -> PassResult:
-        """Applies the pass."""
-        notes: list[str] = []
-        closed = edit(program.jaxpr, lambda jaxpr, _: _fuse(jaxpr, notes))
-        if closed is program.jaxpr:
-            return PassResult(program)
-        return PassResult(program.with_jaxpr(closed), tuple(notes))
+    def edited(self, jaxpr: Any, notes: list[str]) -> Any:
+        """See `BodyPass`."""
+        return _fuse(jaxpr, notes)
 
 
 def _fuse(jaxpr: Any, notes: list[str]) -> Any:

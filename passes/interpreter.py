@@ -12,16 +12,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from jax.extend.core import Literal, Primitive
+from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat
 from jaxquant.core.structure import Unstructured
+from jaxquant.passes.registry import register as register
 
 Site = tuple[int, ...]
+
+#: Operations of one value that move, cast or mark its elements and compute nothing.
+ELEMENT_MOVES = (
+    jp.convert_element_type_p, jp.transpose_p, jp.reshape_p, jp.broadcast_in_dim_p, jp.squeeze_p,
+    jp.slice_p, jp.dynamic_slice_p, jp.rev_p, jp.sharding_constraint_p, jp.copy_p, jp.name_p,
+    jp.stop_gradient_p, _compat.reshard_p, _compat.pvary_p,
+)  # fmt: skip
 
 
 @functools.partial(
@@ -123,19 +132,6 @@ class Rule(Protocol):
     def __call__(self, ctx: Context, ins: list[Any], /) -> list[Any]:
         """Outputs of the equation of ``ctx`` for these inputs."""
         ...
-
-
-def register(table: dict[Primitive, Rule], *primitives: Primitive) -> Callable[[Rule], Rule]:
-    """Decorator that enters a rule for ``primitives``; a second rule for one is an error."""
-
-    def enter(rule: Rule) -> Rule:
-        for primitive in primitives:
-            if primitive in table:
-                raise ValueError(f"primitive {primitive} already has a rule in this table")
-            table[primitive] = rule
-        return rule
-
-    return enter
 
 
 class Interpreter:

@@ -17,8 +17,7 @@ import jax
 from jaxquant.core import _compat, primitives
 from jaxquant.core.names import shown_name
 from jaxquant.core.primitives.dot import split_operands
-from jaxquant.core.primitives.kernels import default_place
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.primitives.kernels import Product, default_place
 from jaxquant.pallas_kernels.dispatch import Implementation, Place
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.passes.edit_jaxpr import all_bodies, edit, replace_eqns
@@ -108,33 +107,22 @@ class LowerToKernels(Pass):
             where += " or a sibling" * several
             found = []
             for w, out in zip(stored if several else [stored], eqn.outvars, strict=True):
-                avals = (x.aval, *jax.tree.leaves(w), out.aval)
-                settings = (p["dimension_numbers"], p["weight_side"], p["act"], p["precision"])
-                key = (avals, jax.tree.structure(w), settings)
+                axes = DotAxes.make(p["dimension_numbers"], x.aval.ndim, w.ndim, p["weight_side"])
+                types = x.aval, *jax.tree.leaves(w), out.aval
+                key = types, jax.tree.structure(w), axes, p["act"], p["precision"]
                 if key not in known:
-                    known[key] = self._describe(eqn, w, x.aval, out.aval.dtype, place)
+                    dtype = out.aval.dtype
+                    product = Product(x.aval, w, axes, p["act"], dtype, p["precision"])
+                    known[key] = self._describe(product, place, eqn)
                 shapes = (tuple(x.aval.shape), w.shape)
                 found.append(Lowering(where, shapes, *known[key]))
             return found
 
         return describe
 
-    def _describe(
-        self, eqn: Any, w: QTensor, x: Any, out_dtype: Any, place: Place
-    ) -> tuple[str, str]:
-        p = eqn.params
-        axes = DotAxes.make(p["dimension_numbers"], x.ndim, w.ndim, p["weight_side"])
+    def _describe(self, product: Product, place: Place, eqn: Any) -> tuple[str, str]:
         try:
-            return primitives.describe_product(
-                x,
-                w,
-                axes,
-                p["act"],
-                place,
-                out_dtype=out_dtype,
-                precision=p["precision"],
-                implementation=self.implementation,
-            )
+            return primitives.describe_product(product, place, self.implementation)
         except ValueError as error:
             error.add_note(f"jaxquant: the product at {_compat.source_line(eqn)}")
             raise

@@ -21,6 +21,7 @@ from jaxquant.core import _compat
 from jaxquant.core.names import innermost_module
 from jaxquant.core.structure import Unstructured
 from jaxquant.passes.interpreter import (
+    ELEMENT_MOVES,
     Context,
     Interpreter,
     Rule,
@@ -218,10 +219,7 @@ def observer(ctx: Context) -> Observer:
 
 
 @register(
-    RULES, jp.convert_element_type_p, jp.transpose_p, jp.reshape_p, jp.broadcast_in_dim_p,
-    jp.squeeze_p, jp.slice_p, jp.dynamic_slice_p, jp.rev_p, jp.sharding_constraint_p, jp.copy_p,
-    jp.name_p, jp.stop_gradient_p, _compat.reshard_p,
-    jp.gather_p, jp.concatenate_p, _compat.pvary_p, _compat.stack_p, _compat.split_p,
+    RULES, *ELEMENT_MOVES, jp.gather_p, jp.concatenate_p, _compat.stack_p, _compat.split_p,
     _compat.unstack_p, _compat.optimization_barrier_p, jp.mul_p, jp.div_p,
 )  # fmt: skip
 def _structural(ctx: Context, ins: list[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxquant.core import primitives
 from jaxquant.core.recipe import Rule as RecipeRule
+from jaxquant.core.schemes import ActScheme
 from jaxquant.passes import custom_derivatives as custom_derivatives  # enters its rules
 from jaxquant.passes.control_flow import CONTROL
 from jaxquant.passes.events import Event, Reporter
@@ -59,16 +60,20 @@ class Rewriter(Reporter):
         rule = rule_for(self._op_rules, ctx.names)
         if rule is None or rule.act is None:
             return None
+        return self.product(ctx, ins, rule.act)
+
+    def product(self, ctx: Context, ins: list[Any], act: ActScheme) -> list[Any]:
+        """The quantized product of two activations."""
         p, (lhs, rhs) = ctx.params, ins
         out = primitives.quantized_attention_dot(
             lhs,
             rhs,
             p["dimension_numbers"],
-            rule.act,
+            act,
             precision=p["precision"],
             preferred_element_type=p["preferred_element_type"],
         )
-        name = f"xla: {rule.act.qtype} dot"
+        name = f"xla: {act.qtype} dot"
         self.report(ctx, "", "quantized", name, "a rule names attention products")
         return [out]
 

@@ -6,7 +6,7 @@ weight's own business (`QTensor.act`).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import Primitive
@@ -15,25 +15,16 @@ from jax.extend.core import primitives as jp
 from jaxquant.core import _compat, primitives
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.structure import Unstructured
+from jaxquant.pallas_kernels.dot_axes import Side
 from jaxquant.passes.events import report_quantized
-from jaxquant.passes.interpreter import Context, Rule, is_weight, register
+from jaxquant.passes.interpreter import Context, Rule, Weight, is_weight, register
 
 PRODUCTS: dict[Primitive, Rule] = {}
 
 
 @register(PRODUCTS, jp.dot_general_p)
 def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
-    """The weight keeps its codes; of two weights the one that was looked up is the input."""
-    lhs, rhs = ins
-    if is_weight(lhs) and is_weight(rhs):
-        reason = "the other operand of the product is a weight too"
-        if rhs.gathered and not lhs.gathered:
-            rhs = ctx.float(rhs, reason)
-        else:
-            lhs = ctx.float(lhs, reason)
-    side: Literal["lhs", "rhs"] = "lhs" if is_weight(lhs) else "rhs"
-    weight, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
-    _require_float(x)
+    x, weight, side = dot_operands(ctx, ins)
     w, dims = _without_act(weight.value, ctx), ctx.params["dimension_numbers"]
     kept = ("precision", "preferred_element_type", "out_sharding")
     options = {name: ctx.params[name] for name in kept}
@@ -46,10 +37,7 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
 
 @register(PRODUCTS, jp.conv_general_dilated_p)
 def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
-    x, weight = ins
-    if is_weight(x) or not is_weight(weight):
-        raise Unstructured("a weight is the input of a convolution")
-    _require_float(x)
+    x, weight = weight_on_the_right(ins, "the input of a convolution")
     w, dims = _without_act(weight.value, ctx), ctx.params["dimension_numbers"]
     out = primitives.bind_conv(x, w, **ctx.params)
     report_quantized(ctx, weight, lambda: primitives.describe_conv(w, dims))
@@ -58,14 +46,47 @@ def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
 
 @register(PRODUCTS, _compat.ragged_dot_general_p)
 def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
-    x, weight, group_sizes = ins
-    if is_weight(x) or not is_weight(weight):
-        raise Unstructured("a weight is the left side of a ragged dot")
-    _require_float(x)
+    x, weight, group_sizes = weight_on_the_right(ins, "the left side of a ragged dot")
     w = _without_act(weight.value, ctx)
     out = primitives.bind_ragged_dot(x, w, group_sizes, **ctx.params)
     report_quantized(ctx, weight, lambda: primitives.describe_ragged_dot(w))
     return [_as(out, ctx)]
+
+
+def dot_operands(ctx: Context, ins: list[Any]) -> tuple[Any, Weight, Side]:
+    """The input, the weight, and its side; of two weights the one that was looked up is the input.
+
+    Raises:
+      Unstructured: the input is not floating point.
+    """
+    lhs, rhs = ins
+    if is_weight(lhs) and is_weight(rhs):
+        reason = "the other operand of the product is a weight too"
+        if rhs.gathered and not lhs.gathered:
+            rhs = ctx.float(rhs, reason)
+        else:
+            lhs = ctx.float(lhs, reason)
+    side: Side = "lhs" if is_weight(lhs) else "rhs"
+    weight, x = (lhs, rhs) if side == "lhs" else (rhs, lhs)
+    _require_float(x)
+    return x, weight, side
+
+
+def weight_on_the_right(ins: list[Any], otherwise: str) -> list[Any]:
+    """The operands of a product that has a quantized form with the weight as its second one.
+
+    Args:
+      ins: the operands.
+      otherwise: what a weight is that is the first one.
+
+    Raises:
+      Unstructured: the weight is not the second one, or the first is not floating point.
+    """
+    x, weight, *_ = ins
+    if is_weight(x) or not is_weight(weight):
+        raise Unstructured(f"a weight is {otherwise}")
+    _require_float(x)
+    return ins
 
 
 def _without_act(w: QTensor, ctx: Context) -> QTensor:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 
+from jaxquant.passes import registry
 from jaxquant.passes.channel_graph import REPEAT, Node, Value
 from jaxquant.passes.channel_solver import SAME, constant
 
@@ -130,20 +131,14 @@ class Turn:
             self._todo.append(value.producer)
 
 
-RULES: dict[Primitive | str, Callable[[Turn, Node], None]] = {}
+TurnRule = Callable[[Turn, Node], None]
+
+RULES: dict[Primitive | str, TurnRule] = {}
 
 
-def register(*kinds: Primitive | str) -> Callable[[Any], Any]:
+def register(*kinds: Primitive | str) -> Callable[[TurnRule], TurnRule]:
     """Decorator that enters a rule for operations; a second rule for one is an error."""
-
-    def enter(rule: Callable[[Turn, Node], None]) -> Callable[[Turn, Node], None]:
-        for kind in dict.fromkeys(kinds):
-            if kind in RULES:
-                raise ValueError(f"{kind} already has a rule")
-            RULES[kind] = rule
-        return rule
-
-    return enter
+    return registry.register(RULES, *kinds)
 
 
 # --- what is the same along an axis, and what is a gain -----------------------------------------

@@ -41,9 +41,8 @@ from jaxquant.core.primitives.weights import bind_leaves, unflatten
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.passes.activation_moves import WHOLE, before, canonical, replay, representatives
-from jaxquant.passes.edit_jaxpr import apply, edit, is_var, new_eqn, replace_eqns
-from jaxquant.passes.pass_manager import Pass, PassResult
-from jaxquant.passes.program import Program
+from jaxquant.passes.body_pass import BodyPass
+from jaxquant.passes.edit_jaxpr import apply, is_var, new_eqn, replace_eqns
 
 #: Products that quantize their input, unless they are given its codes.
 QUANTIZING = frozenset(
@@ -56,19 +55,14 @@ QUANTIZING = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class ShareActivationQuant(Pass):
+class ShareActivationQuant(BodyPass):
     """One `quantize_activation` for each value and scheme; see the module's docstring."""
 
     name: ClassVar[str] = "share_activation_quant"
-    requires: ClassVar[frozenset[str]] = frozenset({"quantized"})
 
-    def run(self, program: Program) -> PassResult:
-        """Applies the pass."""
-        notes: list[str] = []
-        closed = edit(program.jaxpr, lambda jaxpr, _: _share(jaxpr, notes))
-        if closed is program.jaxpr:
-            return PassResult(program)
-        return PassResult(program.with_jaxpr(closed), tuple(notes))
+    def edited(self, jaxpr: Any, notes: list[str]) -> Any:
+        """See `BodyPass`."""
+        return _share(jaxpr, notes)
 
 
 class Node(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import check_jaxpr
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.core import _compat
 from jaxquant.core.qtensor import is_qtensor
@@ -25,6 +26,12 @@ def weight(key: int, *shape: int, axes: tuple[int, ...] = (0,), act: Any = DYNAM
     """A random quantized weight."""
     w = jax.random.normal(jax.random.key(key), shape) / shape[0] ** 0.5
     return quantize_axes(w, axes, **kwargs).replace(act=act)
+
+
+def placed(w: Any, mesh: Any, spec: Any) -> Any:
+    """A matrix on a mesh: its codes by ``spec``, its scales by the columns' part of it."""
+    codes, scale = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec(None, spec[1]))
+    return w.replace(codes=jax.device_put(w.codes, codes), scale=jax.device_put(w.scale, scale))
 
 
 def quantized(fn: Callable[..., Any], tree: Any, *args: Any) -> tuple[Program, list[Any]]:

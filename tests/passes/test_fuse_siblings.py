@@ -20,6 +20,7 @@ from tests.passes.quantized_programs import (
     apply,
     assert_same,
     gradient,
+    placed,
     quantized,
     run,
     run_and_gradient,
@@ -197,15 +198,9 @@ def test_on_a_mesh(kind, spec):
     def fn(p, x):
         return [jnp.einsum("btd,dn->btn", x, p[n], out_sharding=out) for n in ("gate", "up")]
 
-    def place(w):
-        codes, scale = NamedSharding(mesh, spec), NamedSharding(mesh, P(None, spec[1]))
-        return w.replace(
-            codes=jax.device_put(w.codes, codes), scale=jax.device_put(w.scale, scale)
-        )
-
     with jax.set_mesh(mesh):
         x = jax.device_put(X, NamedSharding(mesh, P("d", None, spec[0])))
-        p = {name: place(TREE[name]) for name in ("gate", "up")}
+        p = {name: placed(TREE[name], mesh, spec) for name in ("gate", "up")}
         check(fn, p, x, launches=(2, 1), siblings=1, grad=kind is AxisType.Auto)
 
 

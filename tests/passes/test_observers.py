@@ -16,6 +16,7 @@ from jaxquant.passes.histogram import Histogram, percentile_of_histogram
 from jaxquant.passes.observers import insert_observers
 from jaxquant.passes.program import trace
 from jaxquant.passes.statistics import AbsMax
+from tests.passes.zoo import tanh_layers
 
 X = jax.random.normal(jax.random.key(0), (5, 8))
 W = jax.random.normal(jax.random.key(1), (8, 8)) / 2
@@ -36,14 +37,6 @@ def amax(*values):
     return np.max([np.max(np.abs(v)) for v in values])
 
 
-def layers(x, stack):
-    inputs = []
-    for w in stack:
-        inputs.append(x)
-        x = jnp.tanh(x @ w)
-    return inputs
-
-
 def test_plain_product_and_transformed_weight():
     found = observe(
         lambda p, x: jnp.einsum("nk,mk->nm", p["w"].T.astype("bfloat16"), x), {"w": W}, X
@@ -60,7 +53,7 @@ def test_stacked_layers_keep_their_own():
     def fn(p, x):
         return lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
 
-    expected = [amax(x) for x in layers(X, STACK)]
+    expected = [amax(x) for x in tanh_layers(X, STACK)]
     np.testing.assert_allclose(observe(fn, {"w": STACK}, X)["w"], expected, rtol=1e-5)
 
 
@@ -68,7 +61,7 @@ def test_constant_of_a_scan_is_merged():
     def fn(p, x):
         return lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), x, None, length=3)[0]
 
-    expected = amax(*layers(X, [W, W, W]))
+    expected = amax(*tanh_layers(X, [W, W, W]))
     np.testing.assert_allclose(observe(fn, {"w": W}, X)["w"], expected, rtol=1e-5)
 
 
@@ -85,7 +78,7 @@ def test_nested_scans_and_a_constant_beside_stacked_layers():
         return lax.scan(outer, x, p["w"])[0]
 
     found = observe(fn, {"w": stacks, "v": W}, X)
-    expected = [amax(x) for x in layers(X, stacks.reshape(6, 8, 8))]
+    expected = [amax(x) for x in tanh_layers(X, stacks.reshape(6, 8, 8))]
     np.testing.assert_allclose(found["w"], np.reshape(expected, (2, 3)), rtol=1e-5)
     np.testing.assert_allclose(found["v"], np.max(expected), rtol=1e-5)
 
@@ -106,7 +99,7 @@ def test_while_cond_remat_jit_and_custom_rules():
 
     params = dict.fromkeys("wabc", W)
     found = observe(fn, params, X)
-    inputs = layers(X, [W, W, W])
+    inputs = tanh_layers(X, [W, W, W])
     last = jnp.tanh(inputs[-1] @ W)
     np.testing.assert_allclose(found["w"], amax(*inputs), rtol=1e-5)
     np.testing.assert_allclose(found["a"], amax(last), rtol=1e-5)

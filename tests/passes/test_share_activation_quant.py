@@ -329,15 +329,9 @@ def test_on_a_mesh(kind, spec):
     def fn(p, x):
         return [jnp.einsum("btd,dn->btn", x, p[n], out_sharding=out) for n in "ab"]
 
-    def place(w):
-        codes, scale = NamedSharding(mesh, spec), NamedSharding(mesh, P(None, spec[1]))
-        return w.replace(
-            codes=jax.device_put(w.codes, codes), scale=jax.device_put(w.scale, scale)
-        )
-
     with jax.set_mesh(mesh):
         x = jax.device_put(X, NamedSharding(mesh, P("d", None, spec[0])))
-        check(fn, {"a": place(A), "b": place(B)}, x, before=2, after=1)
+        check(fn, {"a": placed(A, mesh, spec), "b": placed(B, mesh, spec)}, x, before=2, after=1)
 
 
 def test_inside_shard_map():

@@ -20,6 +20,7 @@ from jaxquant.passes.observed import Operand, Seen
 from jaxquant.passes.program import trace
 from jaxquant.passes.row_statistics import Hessian, Reservoir
 from jaxquant.passes.statistics import AbsMax, MeanAbs, MinMax
+from tests.passes.zoo import tanh_layers
 
 X = jax.random.normal(jax.random.key(0), (6, 8)) + 0.25
 W = jax.random.normal(jax.random.key(1), (8, 8)) / 2
@@ -70,14 +71,6 @@ def same_rows(sample, rows):
     np.testing.assert_allclose(*ordered, rtol=1e-5, atol=1e-6)
 
 
-def layers(x, stack):
-    inputs = []
-    for w in stack:
-        inputs.append(x)
-        x = jnp.tanh(x @ w)
-    return inputs
-
-
 def test_batches_of_different_sizes_are_one_sample():
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     second = 3 * X[:2] - 1
@@ -95,7 +88,7 @@ def test_layers_of_a_scan_are_kept_apart():
         return lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
 
     found = collect(fn, {"w": STACK}, (X,))["w"]
-    for i, x in enumerate(layers(X, STACK)):
+    for i, x in enumerate(tanh_layers(X, STACK)):
         same({name: value[i] for name, value in found.items()}, x)
 
 
@@ -119,7 +112,7 @@ def test_loops_and_devices_are_merged(how):
         return lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), x, None, length=3)[0]
 
     x = jax.random.normal(jax.random.key(7), (16, 8))
-    seen = [x] if how == "shard_map" else layers(x, [W, W, W])
+    seen = [x] if how == "shard_map" else tanh_layers(x, [W, W, W])
     same(collect(fn, {"w": W}, (x,), statistics=ORDER_FREE)["w"], np.concatenate(seen))
 
 

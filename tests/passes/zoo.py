@@ -395,3 +395,12 @@ def operand_of_a_switch(p, x, index):
 def calls_in_calls(p, x):
     block = jax.checkpoint(jax.jit(lambda w, x: _custom_jvp_layer(w, x)))
     return lax.scan(lambda c, w: (block(w, c), None), x, p["w"])[0]
+
+
+def tanh_layers(x, stack):
+    """The inputs of the layers ``x = tanh(x @ w)``."""
+    inputs = []
+    for w in stack:
+        inputs.append(x)
+        x = jnp.tanh(x @ w)
+    return inputs

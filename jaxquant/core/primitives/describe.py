@@ -11,10 +11,9 @@ from typing import Any
 
 from jax import lax
 
-from jaxquant.core.primitives.kernels import choose_kernel, default_place
+from jaxquant.core.primitives.kernels import Product, choose_kernel, default_place
 from jaxquant.core.primitives.weights import act_quant, reference_dtype
 from jaxquant.core.qtensor import QTensor
-from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.dispatch import Implementation, Place
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import choose_dot
@@ -44,30 +43,17 @@ def describe_lowering(
     """
     axes = DotAxes.make(dimension_numbers, len(x.shape), w.ndim, weight_side)
     act = w.act and act_quant(w.act, len(x.shape), axes.x_contract)
-    return describe_product(x, w, axes, act, place or default_place(), out_dtype=x.dtype)
+    return describe_product(Product(x, w, axes, act, x.dtype), place or default_place())
 
 
 def describe_product(
-    x: Any,
-    w: QTensor,
-    axes: DotAxes,
-    act: ActQuant | None,
-    place: Place,
-    *,
-    out_dtype: Any,
-    precision: Any = None,
-    implementation: Implementation | None = None,
+    product: Product, place: Place, implementation: Implementation | None = None
 ) -> tuple[str, str]:
     """As `describe_lowering`, of a product whose input's scheme is given.
 
     Args:
-      x: the activation or its aval.
-      w: the weight; its leaves may be avals.
-      axes: which axis does what.
-      act: how x is quantized first, or None.
+      product: what is multiplied.
       place: where the program will run.
-      out_dtype: dtype of the result.
-      precision: as for lax.dot_general.
       implementation: forces one.
 
     Raises:
@@ -75,21 +61,18 @@ def describe_product(
     """
     remark = ""
     if place.platform == "tpu" or implementation is not None:
-        kernel = choose_kernel(
-            x,
-            w,
-            axes,
-            act,
-            place,
-            out_dtype=out_dtype,
-            precision=precision,
-            implementation=implementation,
-        )
+        kernel = choose_kernel(product, place, implementation)
         if kernel.run is not None:
             return kernel.name, kernel.reason
         remark = f"; {kernel.reason}"
+    x, w = product.x, product.w
     choice = choose_dot(
-        tuple(x.shape), w.shape, reference_dtype(w), tuple(w.scale.shape), axes, act
+        tuple(x.shape),
+        w.shape,
+        reference_dtype(w),
+        tuple(w.scale.shape),
+        product.axes,
+        product.act,
     )
     return f"xla: {choice.method.value}", f"{choice.reason}{remark}"
 

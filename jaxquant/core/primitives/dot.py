@@ -22,7 +22,7 @@ from jax.extend.core import primitives as jp
 from jax.interpreters import mlir
 
 from jaxquant.core import _compat
-from jaxquant.core.primitives.kernels import choose_kernel, run_kernel
+from jaxquant.core.primitives.kernels import Product, choose_kernel, run_kernel
 from jaxquant.core.primitives.weights import (
     act_quant,
     bind_leaves,
@@ -177,27 +177,55 @@ def float_operands(x: Any, w: Any, weight_side: Side) -> tuple[Any, Any]:
     return (x, w) if weight_side == "rhs" else (w, x)
 
 
-def _abstract_eval(
-    *args: Any,
-    tree: Any,
+def product_avals(
+    args: Sequence[Any],
+    weights: Callable[[Sequence[Any]], Sequence[QTensor]],
+    out_shardings: Sequence[Any],
+    *,
     act: ActQuant | None,
     x_quantized: bool,
     dimension_numbers: DotDimensionNumbers,
     weight_side: Side,
     precision: Any,
     preferred_element_type: np.dtype | None,
-    out_sharding: Any,
-    implementation: Implementation | None,
-) -> Any:
+) -> list[Any]:
+    """Types of the products of one input: those of the float products.
+
+    Args:
+      args: types of the operands, as `split_operands` takes them.
+      weights: puts the weights together from their parts.
+      out_shardings: one for each weight.
+      act: a parameter of the primitive, as all that follow.
+      x_quantized: likewise.
+      dimension_numbers: likewise.
+      weight_side: likewise.
+      precision: likewise.
+      preferred_element_type: likewise.
+
+    Raises:
+      TypeError: the operands do not fit.
+    """
     x, quantized, leaves = split_operands(args, x_quantized)
     check_quantized(x, quantized, act)
-    operands = float_operands(x, logical_aval(unflatten(tree, leaves)), weight_side)
-    aval, _ = jp.dot_general_p.abstract_eval(
-        *operands,
-        dimension_numbers=dimension_numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        out_sharding=out_sharding,
+    avals = []
+    for w, out_sharding in zip(weights(leaves), out_shardings, strict=True):
+        aval, _ = jp.dot_general_p.abstract_eval(
+            *float_operands(x, logical_aval(w), weight_side),
+            dimension_numbers=dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+        avals.append(aval)
+    return avals
+
+
+def _abstract_eval(
+    *args: Any, tree: Any, out_sharding: Any, implementation: Any, **params: Any
+) -> Any:
+    del implementation  # of no influence on types
+    (aval,) = product_avals(
+        args, lambda leaves: [unflatten(tree, leaves)], [out_sharding], **params
     )
     return aval
 
@@ -240,16 +268,12 @@ def lowering(
     if platform == "tpu" or forced == "pallas":
         device, devices, manual = _compat.lowering_devices(ctx)
         kind = None if device is None else device.device_kind
+        place = Place(platform or "a platform without kernels", kind, devices, manual)
         choices = [
             choose_kernel(
-                x,
-                w,
-                DotAxes.make(dims, x.ndim, w.ndim, side),
-                act,
-                Place(platform or "a platform without kernels", kind, devices, manual),
-                out_dtype=dtype,
-                precision=precision,
-                implementation=forced,
+                Product(x, w, DotAxes.make(dims, x.ndim, w.ndim, side), act, dtype, precision),
+                place,
+                forced,
             )
             for w, dtype in zip(weights, dtypes, strict=True)
         ]

@@ -14,7 +14,7 @@ under vmap, grad and their compositions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -133,22 +133,38 @@ def _batch(
     return out, out_dim
 
 
-def _jvp(
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
-    *,
-    tree: Any,
-    x_quantized: bool,
-    **params: Any,
-) -> tuple[Any, Any]:
-    x_tangent, _, leaf_tangents = split_operands(tangents, x_quantized)
-    _, _, leaves = split_operands(primals, x_quantized)
-    refuse_gradient(quantized_dot_general_p.name, tree, leaf_tangents)
-    out = quantized_dot_general_p.bind(*primals, tree=tree, x_quantized=x_quantized, **params)
-    if not _compat.has_tangent(x_tangent):
-        return out, _compat.zero_tangent(out)
-    params["act"] = params["implementation"] = None
-    return out, bind_dot(x_tangent, unflatten(tree, leaves), **params)
+def jvp_rule(
+    primitive: Any,
+    parts: Callable[[Any, Sequence[Any]], Sequence[tuple[Any, Sequence[Any]]]],
+    bind: Callable[..., Any],
+) -> Callable[..., tuple[Any, Any]]:
+    """The JVP of a product, or of several of one input: the same with the tangent of x.
+
+    Args:
+      primitive: the primitive.
+      parts: for each weight its tree and what the given leaves have for it.
+      bind: `bind(x, weights, act=, implementation=, **params)`.
+    """
+
+    def rule(
+        primals: tuple[Any, ...],
+        tangents: tuple[Any, ...],
+        *,
+        tree: Any,
+        x_quantized: bool,
+        **params: Any,
+    ) -> tuple[Any, Any]:
+        x_tangent, _, leaf_tangents = split_operands(tangents, x_quantized)
+        _, _, leaves = split_operands(primals, x_quantized)
+        for own, tangent_parts in parts(tree, leaf_tangents):
+            refuse_gradient(primitive.name, own, tangent_parts)
+        out = primitive.bind(*primals, tree=tree, x_quantized=x_quantized, **params)
+        if not _compat.has_tangent(x_tangent):
+            return out, jax.tree.map(_compat.zero_tangent, out)
+        params["act"] = params["implementation"] = None
+        return out, bind(x_tangent, jax.tree.unflatten(tree, leaves), **params)
+
+    return rule
 
 
 def _transpose(
@@ -232,5 +248,7 @@ def _on_side(side: Side, contract: tuple[Any, Any], batch: tuple[Any, Any]) -> D
 
 
 batching.fancy_primitive_batchers[quantized_dot_general_p] = _batch
-ad.primitive_jvps[quantized_dot_general_p] = _jvp
+ad.primitive_jvps[quantized_dot_general_p] = jvp_rule(
+    quantized_dot_general_p, lambda tree, leaves: [(tree, leaves)], bind_dot
+)
 ad.primitive_transposes[quantized_dot_general_p] = _transpose

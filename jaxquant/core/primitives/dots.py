@@ -9,20 +9,19 @@ products it stands for; a kernel can make it one launch. Its rules are those of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import primitives as jp
 from jax.interpreters import ad, batching
 
 from jaxquant.core import _compat
 from jaxquant.core.primitives.dot import (
-    check_quantized,
-    float_operands,
     lowering,
+    product_avals,
     register_lowerings,
     split_operands,
 )
@@ -30,13 +29,12 @@ from jaxquant.core.primitives.dot_rules import (
     batch_activation,
     batch_axes,
     check_linear,
+    jvp_rule,
     transposed_dot,
 )
 from jaxquant.core.primitives.weights import (
     batch_in_front,
     bind_leaves,
-    logical_aval,
-    refuse_gradient,
 )
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
@@ -102,32 +100,14 @@ def split_weights(tree: Any, leaves: Sequence[Any]) -> list[tuple[Any, list[Any]
 
 
 def _abstract_eval(
-    *args: Any,
-    tree: Any,
-    act: ActQuant | None,
-    x_quantized: bool,
-    dimension_numbers: DotDimensionNumbers,
-    weight_side: Side,
-    precision: Any,
-    preferred_element_type: np.dtype | None,
-    out_shardings: tuple[Any, ...],
-    implementation: Implementation | None,
+    *args: Any, tree: Any, out_shardings: tuple[Any, ...], implementation: Any, **params: Any
 ) -> list[Any]:
-    x, quantized, leaves = split_operands(args, x_quantized)
-    check_quantized(x, quantized, act)
-    if act is not None and not quantized:
+    del implementation  # of no influence on types
+    if params["act"] is not None and not params["x_quantized"]:
         raise TypeError("quantized_dots with act needs the codes and scale of x as operands")
-    avals = []
-    for w, out_sharding in zip(jax.tree.unflatten(tree, leaves), out_shardings, strict=True):
-        aval, _ = jp.dot_general_p.abstract_eval(
-            *float_operands(x, logical_aval(w), weight_side),
-            dimension_numbers=dimension_numbers,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
-        )
-        avals.append(aval)
-    return avals
+    return product_avals(
+        args, functools.partial(jax.tree.unflatten, tree), out_shardings, **params
+    )
 
 
 def _lower(ctx: Any, *args: Any, platform: str, **params: Any) -> Any:
@@ -193,25 +173,6 @@ def _batch(
     return outs, out_dims
 
 
-def _jvp(
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
-    *,
-    tree: Any,
-    x_quantized: bool,
-    **params: Any,
-) -> tuple[Any, Any]:
-    x_tangent, _, leaf_tangents = split_operands(tangents, x_quantized)
-    _, _, leaves = split_operands(primals, x_quantized)
-    for own, parts in split_weights(tree, leaf_tangents):
-        refuse_gradient(quantized_dots_p.name, own, parts)
-    outs = quantized_dots_p.bind(*primals, tree=tree, x_quantized=x_quantized, **params)
-    if not _compat.has_tangent(x_tangent):
-        return outs, [_compat.zero_tangent(out) for out in outs]
-    params["act"] = params["implementation"] = None
-    return outs, bind_dots(x_tangent, jax.tree.unflatten(tree, leaves), **params)
-
-
 def _transpose(
     cotangents: Sequence[Any],
     x: Any,
@@ -239,6 +200,6 @@ def _transpose(
 
 quantized_dots_p.def_abstract_eval(_abstract_eval)
 batching.fancy_primitive_batchers[quantized_dots_p] = _batch
-ad.primitive_jvps[quantized_dots_p] = _jvp
+ad.primitive_jvps[quantized_dots_p] = jvp_rule(quantized_dots_p, split_weights, bind_dots)
 ad.primitive_transposes[quantized_dots_p] = _transpose
 register_lowerings(quantized_dots_p, _lower)

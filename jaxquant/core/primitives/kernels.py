@@ -6,6 +6,7 @@ so that a plan made for a place says what runs there.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,32 +20,41 @@ from jaxquant.pallas_kernels.dispatch import Choice, Implementation, Place, choo
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 
 
-def choose_kernel(
-    x: Any,
-    w: QTensor,
-    axes: DotAxes,
-    act: ActQuant | None,
-    place: Place,
-    *,
-    out_dtype: Any,
-    precision: Any = None,
-    implementation: Implementation | None = None,
-) -> Choice:
-    """The kernel for a product with a QTensor, or XLA and why.
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One product with a QTensor, as far as the choice of an implementation asks.
 
-    Args:
+    Attributes:
       x: the activation or its aval.
       w: the weight; its leaves may be avals.
       axes: which axis does what.
       act: how x is quantized first, or None.
-      place: where the program runs.
       out_dtype: dtype of the result.
       precision: as for lax.dot_general.
+    """
+
+    x: Any
+    w: QTensor
+    axes: DotAxes
+    act: ActQuant | None
+    out_dtype: Any
+    precision: Any = None
+
+
+def choose_kernel(
+    product: Product, place: Place, implementation: Implementation | None = None
+) -> Choice:
+    """The kernel for a product, or XLA and why.
+
+    Args:
+      product: what is multiplied.
+      place: where the program runs.
       implementation: forces one.
 
     Raises:
       ValueError: the forced one does not fit.
     """
+    x, w = product.x, product.w
     codes = jnp.dtype(w.codes.dtype).name
     if w.packed_axis is not None:
         codes = w.qtype.name
@@ -62,11 +72,11 @@ def choose_kernel(
         tuple(x.shape),
         jnp.promote_types(x.dtype, w.dtype),
         weight,
-        axes,
-        act,
+        product.axes,
+        product.act,
         place,
-        out_dtype=out_dtype,
-        precision=precision,
+        out_dtype=product.out_dtype,
+        precision=product.precision,
         implementation=implementation,
     )
 
