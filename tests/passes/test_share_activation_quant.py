@@ -21,6 +21,7 @@ from jaxquant.passes.share_activation_quant import ShareActivationQuant
 from tests.passes.quantized_programs import (
     apply,
     assert_same,
+    placed,
     quantized,
     run,
     run_and_gradient,
