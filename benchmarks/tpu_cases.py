@@ -20,10 +20,11 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import get_qtype
 from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
+from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
-from jaxquant.pallas_kernels.tpu.problem import STORAGE, MatmulConfig, MatmulProblem
 from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 
 # Any 16 values will do: what a lookup costs does not depend on them.

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 
 from benchmarks.tpu_aot import Job, Static, measure
+from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
-from jaxquant.pallas_kernels.tpu.heuristics import Unsupported, choose_config
-from jaxquant.pallas_kernels.tpu.problem import MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 
 RESULTS = Path(__file__).parent / "results"
 NOTE = (

@@ -17,9 +17,10 @@ from jax import lax
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import spread_axis
 from jaxquant.pallas_kernels.dot_axes import DotAxes
-from jaxquant.pallas_kernels.tpu.heuristics import DECODE_ROWS, Unsupported
+from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.heuristics import DECODE_ROWS
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
-from jaxquant.pallas_kernels.tpu.problem import PACKED, STORAGE, MatmulConfig, MatmulProblem
 from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 
 
@@ -28,7 +29,7 @@ class Weight:
     """A quantized weight by its static side.
 
     Attributes:
-      codes: a key of `tpu.problem.STORAGE`, or another name, which no kernel takes.
+      codes: a key of `problem.STORAGE`, or another name, which no kernel takes.
       shape: logical shape.
       scale_shape: shape of the scale; every size divides the weight's.
       zero_point: whether there are zero points.

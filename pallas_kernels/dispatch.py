@@ -18,9 +18,10 @@ from jax import lax
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.as_matrix import MatrixProduct, Weight, flatten
 from jaxquant.pallas_kernels.dot_axes import DotAxes
+from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip, chip_of
-from jaxquant.pallas_kernels.tpu.heuristics import AFTER_ROWS, Unsupported, choose_config
-from jaxquant.pallas_kernels.tpu.problem import PACKED, MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.heuristics import AFTER_ROWS, choose_config
 
 Implementation = Literal["xla", "pallas"]
 

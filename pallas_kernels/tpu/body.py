@@ -17,10 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu import reading
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
-from jaxquant.pallas_kernels.tpu.problem import MatmulConfig, MatmulProblem
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
 
 Refs = dict[str, Any]

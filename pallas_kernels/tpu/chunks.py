@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxquant.pallas_kernels.tpu.problem import MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
 
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxquant.pallas_kernels.tpu.problem import MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
 
 

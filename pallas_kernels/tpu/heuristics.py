@@ -16,17 +16,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem, Unsupported
 from jaxquant.pallas_kernels.tpu.chips import Chip
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
-from jaxquant.pallas_kernels.tpu.problem import (
-    PACKED,
-    STORAGE,
-    MatmulConfig,
-    MatmulProblem,
-    Reading,
-    ScaleTime,
-    vmem_bytes,
-)
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig, Reading, ScaleTime, vmem_bytes
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
 
 # Up to this many rows x stays whole and the weight streams.
@@ -35,10 +28,6 @@ DECODE_ROWS = 64
 AFTER_ROWS = 128
 _STEP_BYTES = 2 * 2**20
 _MIB = 2**20
-
-
-class Unsupported(ValueError):
-    """No kernel does this product; the message is the reason."""
 
 
 def choose_config(problem: MatmulProblem, chip: Chip) -> MatmulConfig:

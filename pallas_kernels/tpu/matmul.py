@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem
 from jaxquant.pallas_kernels.tpu.body import matmul_body, scratch_shapes
-from jaxquant.pallas_kernels.tpu.problem import PACKED, STORAGE, MatmulConfig, MatmulProblem
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
 _ORDER = ("x", "codes", "scale", "zero_point", "table", "x_scale", "bias", "gate", "residual")

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.pallas_kernels import packing
+from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
-from jaxquant.pallas_kernels.tpu.problem import PACKED, STORAGE, MatmulConfig, MatmulProblem
 
 TABLE = tuple(float(v) for v in np.round(np.sinh(np.linspace(-1.2, 1.1, 16)), 2))
 _CODES = {

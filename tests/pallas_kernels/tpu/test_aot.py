@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from benchmarks.tpu_aot import Job, available, measure
+from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
-from jaxquant.pallas_kernels.tpu.problem import MatmulProblem
 
 pytestmark = pytest.mark.skipif(
     not available(),

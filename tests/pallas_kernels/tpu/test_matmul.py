@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
-from jaxquant.pallas_kernels.tpu.heuristics import Unsupported, choose_config
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
-from jaxquant.pallas_kernels.tpu.problem import MatmulConfig, MatmulProblem
 from tests.pallas_kernels.tpu import cases
 
 

@@ -1,15 +1,12 @@
-"""What a kernel is asked for, and how it is to do it: two frozen records, apart from any body.
+"""What a matmul kernel is asked for: a frozen record of shapes and dtypes, of no platform.
 
-A `MatmulProblem` states the product by shapes and dtypes; a `MatmulConfig` fixes blocks and the
-order of operations. `tpu.heuristics` chooses a config, `tpu.matmul` obeys it. Plain data: both can
-be written to a table and read back.
+`as_matrix.flatten` makes a `MatmulProblem` of a dot_general; each platform's heuristics choose a
+config for it, or raise `Unsupported` with the reason. Plain data: it can be written to a table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Literal
 
 # Stored codes by name: dtype of the array, bits a value, and for packed ones codes a byte row.
 STORAGE = {
@@ -23,12 +20,9 @@ STORAGE = {
 }
 PACKED = ("int3", "int2")
 
-# When scales meet the product: "end" once a column, on the output (one scale a column); "after"
-# each group's dot, on its partial sums; "before" the dot, on the weight.
-ScaleTime = Literal["end", "after", "before"]
-# How codes become operands: "cast", XLA's conversion; "bits", shifted into the mantissa of
-# bfloat16 numbers near 128, whose offset is subtracted from the sums; "gather", out of a table.
-Reading = Literal["cast", "bits", "gather"]
+
+class Unsupported(ValueError):
+    """No kernel does this product; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,56 +99,6 @@ class MatmulProblem:
         return self.weight_bytes + x + out + extra
 
 
-@dataclasses.dataclass(frozen=True)
-class MatmulConfig:
-    """Blocks and order of operations.
-
-    Attributes:
-      bm: rows a block; a multiple of 16 (32 for 8-bit x).
-      bn: columns a block: a multiple of 128, or all of them.
-      bk: contracted values a block: divides k, and whole groups or units of the reading.
-      scale: when scales are applied.
-      reading: how codes become operands.
-      operand: dtype name in which the matrix units multiply: "bfloat16", "int8", "int4",
-        "float8_e4m3fn" or "float8_e5m2".
-      vmem_limit_bytes: what the compiler may use.
-      parallel: blocks are shared out among several cores (megacore).
-    """
-
-    bm: int
-    bn: int
-    bk: int
-    scale: ScaleTime
-    reading: Reading
-    operand: str = "bfloat16"
-    vmem_limit_bytes: int = 16 * 2**20
-    parallel: bool = False
-
-
 def dtype_bytes(name: str) -> int:
     """Bytes of one element; int4 counts one byte where it is not stored packed."""
     return {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2}.get(name, 1)
-
-
-def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
-    """An upper estimate of the VMEM a kernel takes: double-buffered blocks and its scratch.
-
-    Args:
-      problem: the product.
-      config: its blocks.
-
-    Returns:
-      Bytes. The compiler's own figure is in `benchmarks/tpu_static.py`.
-    """
-    c, p = config, problem
-    bits = STORAGE[p.codes][1]
-    blocks = c.bm * c.bk * dtype_bytes(p.x_dtype) + c.bk * c.bn * bits // 8
-    blocks += 4 * c.bn * max(8, p.groups) * (1 + p.zero_point)
-    blocks += c.bm * c.bn * dtype_bytes(p.out_dtype) * (1 + p.gate + p.residual)
-    blocks += 512 * c.bm * p.x_scale
-    scratch = 4 * c.bm * c.bn
-    if c.scale == "before":
-        scratch += c.bk * c.bn * 6 + 4 * c.bm * c.bn
-    if c.scale == "after":
-        scratch += c.bm * c.bk * 2 * math.ceil(256 / max(1, min(p.group, 256))) * 3
-    return 2 * blocks + scratch
