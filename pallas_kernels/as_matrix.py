@@ -1,13 +1,15 @@
 """A dot_general with a quantized weight as one matrix product, if the weight is stored as one.
 
 Used by `jaxquant.pallas_kernels.dispatch`: `flatten` says what the product is as a `MatmulProblem`,
-or why it is none; a `MatrixProduct` then runs it between the layouts of the caller.
+or why it is none; a platform makes a `Kernel` of that; a `MatrixProduct` then runs it between the
+layouts of the caller.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,10 +20,6 @@ from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import spread_axis
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem, Unsupported
-from jaxquant.pallas_kernels.tpu.config import MatmulConfig
-from jaxquant.pallas_kernels.tpu.heuristics import DECODE_ROWS
-from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
-from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +43,27 @@ class Weight:
     packed_axis: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How a platform does a matrix product.
+
+    Attributes:
+      name: e.g. "pallas tpu v5e: int4, scale after the dot".
+      reason: why this one, in words.
+      multiply: `(x, codes, scale, zero_point, x_scale=, table=, interpret=) -> [m, n]`: x is
+        [m, k], scale and zero_point are [k / group, n], x_scale is [m, 1] or None.
+      quantize: `(x, dtype, interpret=) -> (codes, scale)`, a kernel that quantizes rows of x;
+        None where XLA does it best.
+      k_minor: `multiply` takes codes as [n, k], not [k, n].
+    """
+
+    name: str
+    reason: str
+    multiply: Callable[..., jax.Array]
+    quantize: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    k_minor: bool = False
+
+
 def flatten(
     x_shape: tuple[int, ...],
     x_dtype: Any,
@@ -52,29 +71,40 @@ def flatten(
     axes: DotAxes,
     act: ActQuant | None,
     out_dtype: Any,
+    k_last: bool = False,
 ) -> MatmulProblem:
     """The product as one matrix [m, k] times another [k, n].
+
+    Args:
+      x_shape: shape of the activation.
+      x_dtype: its dtype.
+      weight: the weight's static side.
+      axes: which axis does what.
+      act: how the activation is quantized first, or None.
+      out_dtype: dtype of the result.
+      k_last: the contracted axes may as well be the weight's last ones: it is [n, k] then.
 
     Raises:
       Unsupported: it is none without copying the weight; says why.
     """
-    count = len(axes.w_contract)
+    contract = sorted(axes.w_contract)
     if axes.w_batch:
         raise Unsupported("the product has batch axes")
-    if sorted(axes.w_contract) != list(range(count)):
+    if not (_k_first(axes) or (k_last and _k_last(axes, len(weight.shape)))):
+        ends = "first or last" if k_last else "first"
         raise Unsupported(
-            f"contracted axes {axes.w_contract} of the weight are not its first: as a matrix"
-            " [k, n] it would have to be copied"
+            f"contracted axes {axes.w_contract} of the weight are not its {ends}: as a matrix it"
+            " would have to be copied"
         )
     if weight.codes not in STORAGE:
         raise Unsupported(f"no kernel reads {weight.codes} codes")
-    if weight.codes in PACKED and (count != 1 or weight.packed_axis != 0):
+    if weight.codes in PACKED and contract != [weight.packed_axis]:
         raise Unsupported("codes are packed along another axis than the contracted one")
     m, n = axes.rows(x_shape), axes.columns(weight.shape)
-    k = math.prod(weight.shape[:count])
+    k = math.prod(weight.shape[a] for a in contract)
     if not m * n * k:
         raise Unsupported("an operand is empty")
-    group = _group(weight, count)
+    group = _group([(weight.shape[a], weight.scale_shape[a]) for a in contract])
     for axis in axes.w_free:
         if weight.scale_shape[axis] not in (1, weight.shape[axis]):
             raise Unsupported(f"scales have blocks along free axis {axis} of the weight")
@@ -92,11 +122,21 @@ def flatten(
     )
 
 
-def _group(weight: Weight, count: int) -> int:
-    """Contracted values, flattened, that share a scale: they must lie in a row."""
+def _k_first(axes: DotAxes) -> bool:
+    return sorted(axes.w_contract) == list(range(len(axes.w_contract)))
+
+
+def _k_last(axes: DotAxes, ndim: int) -> bool:
+    return sorted(axes.w_contract) == list(range(ndim - len(axes.w_contract), ndim))
+
+
+def _group(sizes: list[tuple[int, int]]) -> int:
+    """Contracted values, flattened, that share a scale: they must lie in a row.
+
+    `sizes` has the values and the scales of each contracted axis.
+    """
     group = 1
-    sizes = list(zip(weight.shape[:count], weight.scale_shape[:count], strict=True))
-    for at in range(count - 1, -1, -1):
+    for at in range(len(sizes) - 1, -1, -1):
         size, scales = sizes[at]
         group *= size // scales
         if scales > 1:
@@ -108,10 +148,10 @@ def _group(weight: Weight, count: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class MatrixProduct:
-    """Runs a choice: flattens, quantizes x if need be, multiplies, and lays the result out."""
+    """Runs a kernel: flattens, quantizes x if need be, multiplies, and lays the result out."""
 
     problem: MatmulProblem
-    config: MatmulConfig
+    kernel: Kernel
     weight: Weight
     axes: DotAxes
     act: ActQuant | None
@@ -137,16 +177,14 @@ class MatrixProduct:
           input_scale: the static scale of x, of the weight's rank, or None.
           interpret: as for pl.pallas_call.
         """
-        p, axes = self.problem, self.axes
+        axes = self.axes
         free = [x.shape[a] for a in axes.x_free]
         rows, x_scale = self._quantized_rows(x, quantized, input_scale, interpret)
-        out = quantized_matmul(
+        out = self.kernel.multiply(
             rows,
-            codes.reshape(p.code_rows, p.n),
+            self._matrix(codes),
             self._columns(scale),
             None if zero_point is None else self._columns(zero_point),
-            problem=p,
-            config=self.config,
             x_scale=x_scale,
             table=self.weight.table,
             interpret=interpret,
@@ -156,6 +194,14 @@ class MatrixProduct:
         if axes.weight_side == "rhs":
             return out
         return lax.transpose(out, (*range(len(free), out.ndim), *range(len(free))))
+
+    def _matrix(self, codes: jax.Array) -> jax.Array:
+        """Codes as the kernel takes them: of a weight prepared for it, no element moves."""
+        p = self.problem
+        if not _k_first(self.axes):
+            return codes.reshape(p.n, p.code_rows)
+        matrix = codes.reshape(p.code_rows, p.n)
+        return matrix.T if self.kernel.k_minor else matrix
 
     def _quantized_rows(
         self,
@@ -170,10 +216,8 @@ class MatrixProduct:
             return self._rows(x, p.k), None
         if quantized is None:
             a_row = not act.static and sorted(act.reduce_axes) == sorted(axes.x_contract)
-            if a_row and p.m > DECODE_ROWS:  # fewer rows are not worth a launch of their own
-                parallel = self.config.parallel
-                rows = self._rows(x, p.k)
-                return quantize_rows(rows, act.dtype, parallel=parallel, interpret=interpret)
+            if a_row and self.kernel.quantize is not None:
+                return self.kernel.quantize(self._rows(x, p.k), act.dtype, interpret=interpret)
             given = None if input_scale is None else axes.w_to_x(input_scale)
             quantized = quantize_activation(x, act, given)
         codes, scale = quantized
@@ -190,4 +234,6 @@ class MatrixProduct:
         """Scales or zero points as [k / group, n]."""
         for axis in self.axes.w_free:
             part = spread_axis(part, axis, self.weight.shape[axis])
+        if not _k_first(self.axes):
+            return part.reshape(self.problem.n, self.problem.groups).T
         return part.reshape(self.problem.groups, self.problem.n)

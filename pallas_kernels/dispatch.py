@@ -1,8 +1,9 @@
 """Which kernel a quantized product runs as, on what device, and why; or why none fits.
 
 `choose` is asked by the lowering of `quantized_dot_general`, which then runs the choice, and by the
-plan, which shows it. It looks at shapes, dtypes and the place only. Where no kernel fits, XLA's
-route (`jaxquant.pallas_kernels.reference`) is taken and `Choice.reason` says why.
+plan, which shows it. It looks at shapes, dtypes and the place only. Each platform with kernels has
+a `select` of its own (`PLATFORMS`). Where no kernel fits, XLA's route
+(`jaxquant.pallas_kernels.reference`) is taken and `Choice.reason` says why.
 """
 
 from __future__ import annotations
@@ -16,14 +17,35 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.pallas_kernels.activation import ActQuant
-from jaxquant.pallas_kernels.as_matrix import MatrixProduct, Weight, flatten
+from jaxquant.pallas_kernels.as_matrix import Kernel, MatrixProduct, Weight, flatten
 from jaxquant.pallas_kernels.dot_axes import DotAxes
-from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, Unsupported
-from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip, chip_of
-from jaxquant.pallas_kernels.tpu.config import MatmulConfig
-from jaxquant.pallas_kernels.tpu.heuristics import AFTER_ROWS, choose_config
+from jaxquant.pallas_kernels.gpu.select import select as select_cuda
+from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.tpu.select import select as select_tpu
 
 Implementation = Literal["xla", "pallas"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """What has kernels.
+
+    Attributes:
+      select: `(problem, device_kind, forced) -> Kernel`; raises `Unsupported` with the reason.
+      chips: what its devices are called.
+      k_last: its kernels take weights stored as [n, k] as well.
+    """
+
+    select: Callable[[MatmulProblem, str, bool], Kernel]
+    chips: str
+    k_last: bool = False
+
+
+# By the names that JAX lowers for.
+PLATFORMS: dict[str, Platform] = {
+    "tpu": Platform(select_tpu, "TPU"),
+    "cuda": Platform(select_cuda, "GPU", k_last=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +53,7 @@ class Place:
     """Where a program runs.
 
     Attributes:
-      platform: "tpu", "cuda", "cpu" ...
+      platform: as JAX lowers for it: "tpu", "cuda", "rocm", "cpu" ...
       device_kind: of its devices; None if it is compiled for devices that are not known yet.
       devices: how many share the program.
       manual: every mesh axis is manual: the arrays are one device's own (inside shard_map).
@@ -41,6 +63,10 @@ class Place:
     device_kind: str | None = None
     devices: int = 1
     manual: bool = False
+
+    def __post_init__(self) -> None:
+        if self.platform == "gpu":
+            raise ValueError("platform 'gpu' may be 'cuda' or 'rocm': say which")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,19 +119,15 @@ def choose(
     if check_implementation(implementation) == "xla":
         return Choice("xla", "asked for by implementation='xla'")
     try:
-        chip = _chip(place)
+        platform, device_kind = _platform(place)
         _check_floats(x_dtype, precision)
-        problem = flatten(x_shape, x_dtype, weight, axes, act, out_dtype)
-        if implementation is None:
-            _check_worth(problem, chip)
-        config = choose_config(problem, chip)
+        problem = flatten(x_shape, x_dtype, weight, axes, act, out_dtype, k_last=platform.k_last)
+        kernel = platform.select(problem, device_kind, implementation is not None)
     except Unsupported as why:
-        refused = f"pallas tpu: {why}"
+        of = f"pallas {place.platform}" if place.platform in PLATFORMS else "pallas"
+        refused = f"{of}: {why}"
     else:
-        when = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
-        name = f"pallas tpu {chip.name}: {problem.codes}, scale {when[config.scale]}"
-        run = MatrixProduct(problem, config, weight, axes, act)
-        return Choice(name, _why(problem, config), run)
+        return Choice(kernel.name, kernel.reason, MatrixProduct(problem, kernel, weight, axes, act))
     if implementation == "pallas":
         raise ValueError(f"implementation='pallas', but no kernel fits: {refused}")
     return Choice("xla", refused)
@@ -122,21 +144,22 @@ def check_implementation(implementation: Any) -> Implementation | None:
     return implementation
 
 
-def _chip(place: Place) -> Chip:
-    if place.platform != "tpu":
+def _platform(place: Place) -> tuple[Platform, str]:
+    """The platform, and the kind of its devices."""
+    platform = PLATFORMS.get(place.platform)
+    if platform is None:
         raise Unsupported(f"the program runs on {place.platform}")
     if place.device_kind is None:
-        raise Unsupported("the TPU generation is not known when the program is lowered")
+        raise Unsupported(
+            f"the {platform.chips} generation is not known when the program is lowered"
+        )
     if place.devices > 1 and not place.manual:
         raise Unsupported(
             f"{place.devices} devices share the program and the operands' shardings are not known;"
             " XLA's partitioner takes no Pallas calls (inside shard_map with every mesh axis"
             " manual they are used)"
         )
-    chip = chip_of(place.device_kind)
-    if chip is None:
-        raise Unsupported(f"{place.device_kind} is none of {', '.join(CHIPS)}")
-    return chip
+    return platform, place.device_kind
 
 
 def _check_floats(x_dtype: Any, precision: Any) -> None:
@@ -145,22 +168,3 @@ def _check_floats(x_dtype: Any, precision: Any) -> None:
     wanted = precision if isinstance(precision, tuple) else (precision,)
     if any(p not in (None, lax.Precision.DEFAULT) for p in wanted):
         raise Unsupported(f"precision {precision} asks for more than one bfloat16 pass")
-
-
-def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
-    if problem.groups == 1 and problem.codes not in PACKED:
-        raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
-    if problem.m > AFTER_ROWS and chip.mxu_dtypes == ("bfloat16",):
-        raise Unsupported(
-            f"{problem.m} rows: kernels for more than {AFTER_ROWS} spill registers on {chip.name}"
-            " and take longer than writing the weight out in bfloat16"
-        )
-
-
-def _why(problem: MatmulProblem, config: MatmulConfig) -> str:
-    rows = f"{problem.m} rows"
-    if config.scale == "after":
-        return f"groups of {problem.group}, {rows}: scales meet each group's sums"
-    if config.scale == "before":
-        return f"groups of {problem.group}, {rows}: scales meet the weight, in blocks on the chip"
-    return f"one scale a column, {problem.codes} codes unpacked on the chip"

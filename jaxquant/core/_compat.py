@@ -48,6 +48,7 @@ __all__ = [
     "jaxpr_of_equations",
     "lower_without_shardings",
     "lowering_devices",
+    "lowering_platform",
     "make_primitive",
     "match_varying",
     "name_stack_names",
@@ -345,7 +346,7 @@ def lowering_devices(ctx: Any) -> tuple[Any, int, bool]:
     assigned = getattr(context, "device_assignment", None)
     device = assigned[0] if assigned else None
     backend, (platform, *_) = ctx.module_context.backend, ctx.module_context.platforms
-    if device is None and backend is not None and backend.platform == platform:
+    if device is None and backend is not None and lowering_platform(backend) == platform:
         device = (backend.local_devices() or backend.devices())[0]
     if device is None:  # lowered for a device that is described only
         device = getattr(_mesh.get_abstract_mesh(), "abstract_device", None)
@@ -354,8 +355,13 @@ def lowering_devices(ctx: Any) -> tuple[Any, int, bool]:
 
 def abstract_device(device: Any) -> Any:
     """What a kernel is traced for: kind and cores of a device."""
-    cores = getattr(device, "num_cores", None)
+    cores = getattr(device, "num_cores", getattr(device, "core_count", None))
     return _mesh.AbstractDevice(device.device_kind, cores, device.platform)
+
+
+def lowering_platform(backend: Any) -> str:
+    """The platform that a backend's programs are lowered for: "cuda" where JAX says "gpu"."""
+    return str(getattr(backend, "_raw_platform", backend.platform))
 
 
 def lower_without_shardings(

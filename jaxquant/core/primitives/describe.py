@@ -14,7 +14,7 @@ from jax import lax
 from jaxquant.core.primitives.kernels import Product, choose_kernel, default_place
 from jaxquant.core.primitives.weights import act_quant, reference_dtype
 from jaxquant.core.qtensor import QTensor
-from jaxquant.pallas_kernels.dispatch import Implementation, Place
+from jaxquant.pallas_kernels.dispatch import PLATFORMS, Implementation, Place
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import choose_dot
 from jaxquant.pallas_kernels.reference_conv import choose_linear, conv_scales, ragged_scales
@@ -38,8 +38,8 @@ def describe_lowering(
       place: where the program will run; None for one device of the default kind.
 
     Returns:
-      E.g. `("xla: int8 dot", "integer codes on both sides, int32 sums")`. On TPU the reason says
-      as well why no kernel fits, if none does.
+      E.g. `("xla: int8 dot", "integer codes on both sides, int32 sums")`. On TPU and
+      GPU the reason says as well why no kernel fits, if none does.
     """
     axes = DotAxes.make(dimension_numbers, len(x.shape), w.ndim, weight_side)
     act = w.act and act_quant(w.act, len(x.shape), axes.x_contract)
@@ -60,7 +60,7 @@ def describe_product(
       ValueError: the forced one does not fit; the message says why.
     """
     remark = ""
-    if place.platform == "tpu" or implementation is not None:
+    if place.platform in PLATFORMS or implementation is not None:
         kernel = choose_kernel(product, place, implementation)
         if kernel.run is not None:
             return kernel.name, kernel.reason

@@ -34,6 +34,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.dispatch import (
+    PLATFORMS,
     Choice,
     Implementation,
     Place,
@@ -265,7 +266,7 @@ def lowering(
     dtypes = [aval.dtype for aval in ctx.avals_out]
     choices: list[Choice | None] = [None] * len(weights)
     device = None
-    if platform == "tpu" or forced == "pallas":
+    if platform in PLATFORMS or forced == "pallas":
         device, devices, manual = _compat.lowering_devices(ctx)
         kind = None if device is None else device.device_kind
         place = Place(platform or "a platform without kernels", kind, devices, manual)
@@ -318,7 +319,7 @@ def _lower(ctx: Any, *args: Any, platform: str, **params: Any) -> Any:
 def register_lowerings(primitive: Any, rule: Callable[..., Any]) -> None:
     """Enters `rule(ctx, *args, platform=, **params)` for the platforms that differ."""
     mlir.register_lowering(primitive, functools.partial(rule, platform=""))
-    for platform in ("cpu", "tpu"):
+    for platform in ("cpu", *PLATFORMS):
         lower = functools.partial(rule, platform=platform)
         mlir.register_lowering(primitive, lower, platform=platform)
 

@@ -1,7 +1,7 @@
 """Quantized products as Pallas kernels: what a QTensor is to `jaxquant.pallas_kernels.dispatch`.
 
-Called by the lowering of `quantized_dot_general` on TPU and by the plan; both ask `choose_kernel`,
-so that a plan made for a place says what runs there.
+Called by the lowering of `quantized_dot_general` on TPU and GPU, and by the plan; both ask
+`choose_kernel`, so that a plan made for a place says what runs there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.core import _compat
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.as_matrix import Weight
@@ -101,4 +102,4 @@ def run_kernel(
 def default_place() -> Place:
     """One device of the process's default kind: where a plan is read, unless it says otherwise."""
     device = jax.devices()[0]
-    return Place(device.platform, device.device_kind)
+    return Place(_compat.lowering_platform(device.client), device.device_kind)

@@ -1,0 +1,65 @@
+"""Which TPU kernel a matrix product runs as, and why; or why none.
+
+One of the platforms of `jaxquant.pallas_kernels.dispatch`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from jaxquant.pallas_kernels.as_matrix import Kernel
+from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip, chip_of
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.heuristics import AFTER_ROWS, DECODE_ROWS, choose_config
+from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
+from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
+
+_WHEN = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
+
+
+def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
+    """The kernel for a product.
+
+    Args:
+      problem: the product.
+      device_kind: of the device.
+      forced: a kernel is wanted also where XLA is the better choice.
+
+    Raises:
+      Unsupported: none fits, or XLA is better; says why.
+    """
+    chip = chip_of(device_kind)
+    if chip is None:
+        raise Unsupported(f"{device_kind} is none of {', '.join(CHIPS)}")
+    if not forced:
+        _check_worth(problem, chip)
+    config = choose_config(problem, chip)
+    quantize = None
+    if problem.m > DECODE_ROWS:  # fewer rows are not worth a launch of their own
+        quantize = functools.partial(quantize_rows, parallel=config.parallel)
+    return Kernel(
+        f"pallas tpu {chip.name}: {problem.codes}, scale {_WHEN[config.scale]}",
+        _why(problem, config),
+        functools.partial(quantized_matmul, problem=problem, config=config),
+        quantize,
+    )
+
+
+def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
+    if problem.groups == 1 and problem.codes not in PACKED:
+        raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
+    if problem.m > AFTER_ROWS and chip.mxu_dtypes == ("bfloat16",):
+        raise Unsupported(
+            f"{problem.m} rows: kernels for more than {AFTER_ROWS} spill registers on {chip.name}"
+            " and take longer than writing the weight out in bfloat16"
+        )
+
+
+def _why(problem: MatmulProblem, config: MatmulConfig) -> str:
+    rows = f"{problem.m} rows"
+    if config.scale == "after":
+        return f"groups of {problem.group}, {rows}: scales meet each group's sums"
+    if config.scale == "before":
+        return f"groups of {problem.group}, {rows}: scales meet the weight, in blocks on the chip"
+    return f"one scale a column, {problem.codes} codes unpacked on the chip"
