@@ -21,6 +21,7 @@ from jaxquant.pallas_kernels.as_matrix import Kernel, MatrixProduct, Weight, fla
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.gpu.select import select as select_cuda
 from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.spmd import Partition, PartitionedProduct, Split, partition
 from jaxquant.pallas_kernels.tpu.select import select as select_tpu
 
 Implementation = Literal["xla", "pallas"]
@@ -55,14 +56,16 @@ class Place:
     Attributes:
       platform: as JAX lowers for it: "tpu", "cuda", "rocm", "cpu" ...
       device_kind: of its devices; None if it is compiled for devices that are not known yet.
-      devices: how many share the program.
+      devices: how many share the program; None for as many as the types of its arrays say.
       manual: every mesh axis is manual: the arrays are one device's own (inside shard_map).
+      split: how the operands lie on several devices; else why that is not known.
     """
 
     platform: str
     device_kind: str | None = None
-    devices: int = 1
+    devices: int | None = None
     manual: bool = False
+    split: Split | str = "the operands' shardings are not known"
 
     def __post_init__(self) -> None:
         if self.platform == "gpu":
@@ -121,13 +124,20 @@ def choose(
     try:
         platform, device_kind = _platform(place)
         _check_floats(x_dtype, precision)
+        parts = _partition(place, x_shape, weight, axes, act)
+        if parts is not None:
+            x_shape, weight = parts.x_shape, parts.weight
         problem = flatten(x_shape, x_dtype, weight, axes, act, out_dtype, k_last=platform.k_last)
         kernel = platform.select(problem, device_kind, implementation is not None)
     except Unsupported as why:
         of = f"pallas {place.platform}" if place.platform in PLATFORMS else "pallas"
         refused = f"{of}: {why}"
     else:
-        return Choice(kernel.name, kernel.reason, MatrixProduct(problem, kernel, weight, axes, act))
+        run: Callable[..., jax.Array] = MatrixProduct(problem, kernel, weight, axes, act)
+        if parts is None:
+            return Choice(kernel.name, kernel.reason, run)
+        run = PartitionedProduct(run, parts, axes, act)
+        return Choice(kernel.name, f"{kernel.reason}; {parts}", run)
     if implementation == "pallas":
         raise ValueError(f"implementation='pallas', but no kernel fits: {refused}")
     return Choice("xla", refused)
@@ -153,13 +163,25 @@ def _platform(place: Place) -> tuple[Platform, str]:
         raise Unsupported(
             f"the {platform.chips} generation is not known when the program is lowered"
         )
-    if place.devices > 1 and not place.manual:
-        raise Unsupported(
-            f"{place.devices} devices share the program and the operands' shardings are not known;"
-            " XLA's partitioner takes no Pallas calls (inside shard_map with every mesh axis"
-            " manual they are used)"
-        )
     return platform, place.device_kind
+
+
+def _partition(
+    place: Place,
+    x_shape: tuple[int, ...],
+    weight: Weight,
+    axes: DotAxes,
+    act: ActQuant | None,
+) -> Partition | None:
+    """What each device does of the product; None for all of it."""
+    if (place.devices or 1) == 1 or place.manual:
+        return None
+    if isinstance(place.split, Split):
+        return partition(place.split, x_shape, weight, axes, act)
+    raise Unsupported(
+        f"{place.devices} devices share the program, whose partitioner takes no Pallas calls, and"
+        f" {place.split}"
+    )
 
 
 def _check_floats(x_dtype: Any, precision: Any) -> None:
