@@ -51,6 +51,7 @@ __all__ = [
     "lowering_platform",
     "make_primitive",
     "match_varying",
+    "mesh_axes",
     "name_stack_names",
     "open_jaxpr",
     "optimization_barrier_p",
@@ -310,6 +311,15 @@ def explicit_sharding(aval: Any) -> Any:
     return sharding if mesh is not None and mesh._any_axis_explicit else None
 
 
+def mesh_axes(aval: Any) -> tuple[tuple[str, int, str], ...]:
+    """Name, size and kind ("explicit", "manual", "auto") of each axis of the mesh of a type."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty:
+        return ()
+    kinds = [str(kind).rpartition(".")[2].lower() for kind in mesh.axis_types]
+    return tuple(zip(mesh.axis_names, mesh.axis_sizes, kinds, strict=True))
+
+
 def permuted_sharding(aval: Any, order: Sequence[int]) -> Any:
     """The sharding type of ``aval`` with its axes in ``order``; None off explicit meshes."""
     sharding = aval.sharding
@@ -365,17 +375,28 @@ def lowering_platform(backend: Any) -> str:
 
 
 def lower_without_shardings(
-    fn: Callable[..., Any], *, multiple_results: bool = False, device: Any = None
+    fn: Callable[..., Any],
+    *,
+    multiple_results: bool = False,
+    device: Any = None,
+    mesh_axes: Sequence[tuple[str, int, str]] = (),
 ) -> Callable[..., Any]:
     """A lowering rule from a function of arrays, traced without sharding types.
 
     On an explicit mesh every operation of ``fn`` would need a sharding of its own. Here only the
     results are pinned to the primitive's output types; the partitioner fills in what lies between.
-    ``device``, an abstract one, is what kernels in ``fn`` are traced for.
+    ``device``, an abstract one, is what kernels in ``fn`` are traced for. ``mesh_axes``, as the
+    function of that name has them, are there for a shard_map in ``fn``.
     """
     mesh = _mesh.empty_abstract_mesh
-    if device is not None:
-        mesh = _mesh.AbstractMesh((), (), abstract_device=device)
+    if device is not None or mesh_axes:
+        kinds = jax.sharding.AxisType
+        mesh = _mesh.AbstractMesh(
+            tuple(size for _, size, _ in mesh_axes),
+            tuple(name for name, _, _ in mesh_axes),
+            tuple(kinds.Manual if kind == "manual" else kinds.Auto for _, _, kind in mesh_axes),
+            abstract_device=device,
+        )
 
     def plain(aval: Any) -> Any:
         return _core.ShapedArray(aval.shape, aval.dtype)

@@ -23,11 +23,14 @@ from jaxquant.core._compat import explicit_sharding
 from jaxquant.core.blocks import broadcast_blocks
 from jaxquant.core.codes import code_values
 from jaxquant.core.invariants import check_codes, check_scales
+from jaxquant.core.layout import MeshLayout
 from jaxquant.core.qtypes import QType, get_qtype
 from jaxquant.pallas_kernels import packing
 
 _DATA_FIELDS = ("codes", "scale", "zero_point", "input_scale")
-_STATIC_FIELDS = ("qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules")
+_STATIC_FIELDS = (
+    "qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules", "mesh_layout",
+)  # fmt: skip
 _NO_ARITHMETIC = (
     "a QTensor holds quantized codes and does no arithmetic ({what}). Decorate the module with"
     " @jaxquant.quantize, wrap the function with jaxquant.transform, or call .dequantize() for a"
@@ -58,6 +61,8 @@ class QTensor:
         that a scan or an index will remove (see `choose_packed_axis`).
       packed_length: logical length of the packed axis (static).
       op_rules: rules for weightless operations that are saved with the tree (static, opaque).
+      mesh_layout: how the weight lies on an automatic mesh, a `jaxquant.core.layout.MeshLayout`,
+        or None where that is not recorded (static, not saved). No value depends on it.
     """
 
     codes: Any
@@ -70,6 +75,7 @@ class QTensor:
     packed_axis: int | None = None
     packed_length: int | None = None
     op_rules: tuple[Any, ...] = ()
+    mesh_layout: MeshLayout | None = None
 
     # -- pytree ------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from jaxquant.pallas_kernels.dispatch import (
     check_implementation,
 )
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
+from jaxquant.pallas_kernels.spmd import PartitionedProduct
 
 quantized_dot_general_p = _compat.make_primitive("quantized_dot_general")
 
@@ -246,7 +247,7 @@ def compute_dot(
 
 def lowering(
     ctx: Any, weights: Sequence[QTensor], platform: str, params: dict[str, Any]
-) -> tuple[Callable[..., list[jax.Array]], Any]:
+) -> tuple[Callable[..., list[jax.Array]], dict[str, Any]]:
     """How to compute products of one input: each as the kernel that fits best, or by XLA.
 
     Args:
@@ -256,7 +257,8 @@ def lowering(
       params: parameters of the equation.
 
     Returns:
-      `compute(x, quantized, weights) -> products`, and the device that its kernels are for.
+      `compute(x, quantized, weights) -> products`, and what `_compat.lower_without_shardings` is
+      to know for it.
 
     Raises:
       ValueError: a forced implementation does not fit.
@@ -264,6 +266,7 @@ def lowering(
     x, dims, side = ctx.avals_in[0], params["dimension_numbers"], params["weight_side"]
     act, precision, forced = params["act"], params["precision"], params["implementation"]
     dtypes = [aval.dtype for aval in ctx.avals_out]
+    shardings = [_compat.explicit_sharding(aval) for aval in ctx.avals_out]
     choices: list[Choice | None] = [None] * len(weights)
     device = None
     if platform in PLATFORMS or forced == "pallas":
@@ -272,11 +275,13 @@ def lowering(
         place = Place(platform or "a platform without kernels", kind, devices, manual)
         choices = [
             choose_kernel(
-                Product(x, w, DotAxes.make(dims, x.ndim, w.ndim, side), act, dtype, precision),
+                Product(
+                    x, w, DotAxes.make(dims, x.ndim, w.ndim, side), act, dtype, precision, sharding
+                ),
                 place,
                 forced,
             )
-            for w, dtype in zip(weights, dtypes, strict=True)
+            for w, dtype, sharding in zip(weights, dtypes, shardings, strict=True)
         ]
 
     def compute(
@@ -299,21 +304,26 @@ def lowering(
             for w, choice, dtype in zip(weights, choices, dtypes, strict=True)
         ]
 
-    kernels = any(choice is not None and choice.run is not None for choice in choices)
-    return compute, _compat.abstract_device(device) if kernels else None
+    runs = [choice.run for choice in choices if choice is not None and choice.run is not None]
+    surroundings: dict[str, Any] = {}
+    if runs:
+        surroundings["device"] = _compat.abstract_device(device)
+    if any(isinstance(run, PartitionedProduct) for run in runs):
+        surroundings["mesh_axes"] = _compat.mesh_axes(x)
+    return compute, surroundings
 
 
 def _lower(ctx: Any, *args: Any, platform: str, **params: Any) -> Any:
     quantized_operands, tree = params["x_quantized"], params["tree"]
     _, _, avals = split_operands(ctx.avals_in, quantized_operands)
-    compute, device = lowering(ctx, [unflatten(tree, avals)], platform, params)
+    compute, surroundings = lowering(ctx, [unflatten(tree, avals)], platform, params)
 
     def fn(*args: jax.Array) -> jax.Array:
         x, quantized, leaves = split_operands(args, quantized_operands)
         (out,) = compute(x, quantized, [unflatten(tree, leaves)])
         return out
 
-    return _compat.lower_without_shardings(fn, device=device)(ctx, *args)
+    return _compat.lower_without_shardings(fn, **surroundings)(ctx, *args)
 
 
 def register_lowerings(primitive: Any, rule: Callable[..., Any]) -> None:

@@ -113,13 +113,14 @@ def _abstract_eval(
 def _lower(ctx: Any, *args: Any, platform: str, **params: Any) -> Any:
     quantized_operands, tree = params["x_quantized"], params["tree"]
     _, _, avals = split_operands(ctx.avals_in, quantized_operands)
-    compute, device = lowering(ctx, jax.tree.unflatten(tree, avals), platform, params)
+    compute, surroundings = lowering(ctx, jax.tree.unflatten(tree, avals), platform, params)
 
     def fn(*args: jax.Array) -> list[jax.Array]:
         x, quantized, leaves = split_operands(args, quantized_operands)
         return compute(x, quantized, jax.tree.unflatten(tree, leaves))
 
-    return _compat.lower_without_shardings(fn, multiple_results=True, device=device)(ctx, *args)
+    rule = _compat.lower_without_shardings(fn, multiple_results=True, **surroundings)
+    return rule(ctx, *args)
 
 
 def _batch(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core import _compat
+from jaxquant.core.primitives.splits import placed
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.as_matrix import Weight
@@ -32,6 +33,7 @@ class Product:
       act: how x is quantized first, or None.
       out_dtype: dtype of the result.
       precision: as for lax.dot_general.
+      out_sharding: the result's sharding type, or None.
     """
 
     x: Any
@@ -40,6 +42,7 @@ class Product:
     act: ActQuant | None
     out_dtype: Any
     precision: Any = None
+    out_sharding: Any = None
 
 
 def choose_kernel(
@@ -56,6 +59,7 @@ def choose_kernel(
       ValueError: the forced one does not fit.
     """
     x, w = product.x, product.w
+    place = placed(place, x, w.codes, w.mesh_layout, product.axes, product.out_sharding)
     codes = jnp.dtype(w.codes.dtype).name
     if w.packed_axis is not None:
         codes = w.qtype.name
