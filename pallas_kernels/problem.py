@@ -99,6 +99,19 @@ class MatmulProblem:
         return self.weight_bytes + x + out + extra
 
 
+@dataclasses.dataclass(frozen=True)
+class RaggedProblem:
+    """Rows grouped by expert, times quantized experts [experts, k, n].
+
+    Attributes:
+      product: of all rows with one expert; has no bias, gate or residual.
+      experts: how many there are.
+    """
+
+    product: MatmulProblem
+    experts: int
+
+
 def dtype_bytes(name: str) -> int:
     """Bytes of one element; int4 counts one byte where it is not stored packed."""
     return {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2}.get(name, 1)

@@ -1,6 +1,6 @@
 """The body of the matmul kernel: one block of x times one block of codes.
 
-Called by Pallas for each (i, j, k) of the grid that `tpu.matmul` sets up. `_prepare` lays x out as
+Called for each step of the grids that `tpu.matmul` and `tpu.ragged` set up. `_prepare` lays x out as
 the reading of the codes wants it and sums its rows where zero points need that; one of `_end`,
 `_after`, `_before` multiplies; `tpu.epilogue` finishes. What varies is static: the problem and its
 config.
@@ -9,6 +9,7 @@ config.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,8 +58,21 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
     return shapes
 
 
-def matmul_body(refs: Refs, problem: MatmulProblem, config: MatmulConfig) -> None:
-    """One step of the grid.
+def _write(ref: Any, value: jax.Array) -> None:
+    ref[...] = value
+
+
+def matmul_body(
+    refs: Refs,
+    problem: MatmulProblem,
+    config: MatmulConfig,
+    step: Any,
+    new_rows: Any,
+    write: Callable[[Any, jax.Array], None] = _write,
+) -> None:
+    """One step of the grid, whose last axis runs over blocks of contracted values.
+
+    Takes no indices of the grid itself: it may run under a condition.
 
     Args:
       refs: references by name. Inputs: x [bm, bk], codes, scale [groups, bn]; perhaps zero_point
@@ -66,21 +80,23 @@ def matmul_body(refs: Refs, problem: MatmulProblem, config: MatmulConfig) -> Non
         Output: out [bm, bn]. Scratch: as `scratch_shapes` says.
       problem: the whole product.
       config: blocks and order.
+      step: index of the block of contracted values.
+      new_rows: whether the rows of x may be others than at the last step of the same core.
+      write: `(out, values)` writes what is finished, some columns at a time.
     """
     cut = Chunks.make(problem, config)
-    step = pl.program_id(2)
     if "laid_out" in refs or "sums" in refs:
-        # What is laid out stays in its scratch for all columns, if one core sees them in turn.
-        once = cut.size * cut.count == problem.k and not config.parallel
+        # What is laid out stays in its scratch as long as the rows do.
+        whole = cut.size * cut.count == problem.k
 
-        @pl.when(pl.program_id(1) == 0 if once else step >= 0)
+        @pl.when(new_rows if whole else True)
         def _() -> None:
             _prepare(refs, problem, config, cut, step)
 
     width = _strip_width(config, cut)
     for start in range(0, config.bn, width):
         strip = dataclasses.replace(config, bn=min(width, config.bn - start))
-        _multiply_strip(_columns(refs, start, strip.bn), problem, strip, cut, step)
+        _multiply_strip(_columns(refs, start, strip.bn), problem, strip, cut, step, write)
 
 
 def _strip_width(config: MatmulConfig, cut: Chunks) -> int:
@@ -101,7 +117,12 @@ def _columns(refs: Refs, start: int, width: int) -> Refs:
 
 
 def _multiply_strip(
-    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
+    refs: Refs,
+    problem: MatmulProblem,
+    config: MatmulConfig,
+    cut: Chunks,
+    step: Any,
+    write: Callable[[Any, jax.Array], None],
 ) -> None:
     if "words" in refs:
         words = pltpu.bitcast(refs["codes"][...], jnp.uint32)
@@ -115,13 +136,13 @@ def _multiply_strip(
     else:
         total = _before(refs, problem, config, cut, step)
     if "acc" not in refs:
-        refs["out"][...] = finish(total, refs, problem, config)
+        write(refs["out"], finish(total, refs, problem, config))
         return
     _add(refs["acc"], total, step)
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(step == problem.k // config.bk - 1)
     def _() -> None:
-        refs["out"][...] = finish(refs["acc"][...], refs, problem, config)
+        write(refs["out"], finish(refs["acc"][...], refs, problem, config))
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -16,7 +16,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem, Unsupported
+from jax.experimental import pallas as pl
+
+from jaxquant.pallas_kernels.problem import (
+    PACKED,
+    STORAGE,
+    MatmulProblem,
+    RaggedProblem,
+    Unsupported,
+)
 from jaxquant.pallas_kernels.tpu.chips import Chip
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, Reading, ScaleTime, vmem_bytes
@@ -26,6 +34,7 @@ from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
 DECODE_ROWS = 64
 # "after" pays up to this many rows with float operands, and on 256-wide matrix units with int8.
 AFTER_ROWS = 128
+_MOST_TILE_ROWS = 512
 _STEP_BYTES = 2 * 2**20
 _MIB = 2**20
 
@@ -54,6 +63,27 @@ def choose_config(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
         if config is not None:
             return config
     raise Unsupported(f"no blocks of {problem} fit the {chip.vmem_bytes >> 20} MiB of {chip.name}")
+
+
+def choose_ragged_config(problem: RaggedProblem, chip: Chip) -> MatmulConfig:
+    """The config for rows grouped by expert: that of a tile of rows with one expert.
+
+    Few rows are one tile. Else a tile is about twice as many rows as an expert has on average: an
+    expert's rows then lie in one or two tiles, and its weight is unpacked as often.
+
+    Args:
+      problem: the product.
+      chip: where it runs.
+
+    Raises:
+      Unsupported: no config fits; says why.
+    """
+    p = problem.product
+    rows = p.m
+    if rows > DECODE_ROWS:
+        each = pl.next_power_of_2(pl.cdiv(p.m, problem.experts))
+        rows = min(max(2 * each, AFTER_ROWS), _MOST_TILE_ROWS, p.m)
+    return choose_config(dataclasses.replace(p, m=rows), chip)
 
 
 def _check_supported(problem: MatmulProblem) -> None:

@@ -8,8 +8,7 @@ a device, so it can be interpreted on CPU.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
 _ORDER = ("x", "codes", "scale", "zero_point", "table", "x_scale", "bias", "gate", "residual")
+_OVER_ROWS = ("x", "x_scale", "gate", "residual")
 
 
 def quantized_matmul(
@@ -66,35 +66,37 @@ def quantized_matmul(
       ValueError: an array does not have the shape or dtype that the problem states.
     """
     given = {
-        "x": x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x,
+        "x": x,
         "codes": codes,
-        # Single rows are read at any place, which only 32-bit arrays allow.
-        "scale": scale.astype(jnp.float32),
-        "zero_point": None if zero_point is None else zero_point.astype(jnp.float32),
-        "table": None if table is None else _table_rows(table),
+        "scale": scale,
+        "zero_point": zero_point,
         "x_scale": x_scale,
         "bias": None if bias is None else bias.reshape(1, -1),
         "gate": gate,
         "residual": residual,
     }
-    _check(given, problem)
-    names = tuple(name for name in _ORDER if given[name] is not None)
-    arrays: list[Any] = [given[name] for name in names]
-    if config.bm > problem.m:  # a block of more rows than there are
-        arrays = [_pad_rows(a, n, problem, config.bm) for a, n in zip(arrays, names, strict=True)]
+    operands = kernel_operands(given, table, problem, config)
     rows = max(problem.m, config.bm)
     scratch = scratch_shapes(problem, config)
-    everything = (*names, "out", *scratch)
+    everything = (*operands, "out", *scratch)
 
     def kernel(*refs: Any) -> None:
-        matmul_body(dict(zip(everything, refs, strict=True)), problem, config)
+        new_rows = True if config.parallel else pl.program_id(1) == 0
+        named = dict(zip(everything, refs, strict=True))
+        matmul_body(named, problem, config, pl.program_id(2), new_rows)
 
-    specs = _block_specs(problem, config)
+    specs = block_specs(
+        problem,
+        config,
+        rows=lambda i, j, k: i,
+        columns=lambda i, j, k: j,
+        depth=lambda i, j, k: k,
+    )
     shared: Any = "parallel" if config.parallel else "arbitrary"
     out = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(rows, config.bm), pl.cdiv(problem.n, config.bn), problem.k // config.bk),
-        in_specs=[specs[name] for name in names],
+        in_specs=[specs[name] for name in operands],
         out_specs=specs["out"],
         out_shape=jax.ShapeDtypeStruct((rows, problem.n), jnp.dtype(problem.out_dtype)),
         scratch_shapes=list(scratch.values()),
@@ -108,39 +110,98 @@ def quantized_matmul(
             transcendentals=problem.m * problem.n * problem.gate,
         ),
         interpret=interpret,
-        name=_name(problem, config),
-    )(*arrays)
+        name=kernel_name(problem, config),
+    )(*operands.values())
     return out[: problem.m]
 
 
-def _block_specs(problem: MatmulProblem, config: MatmulConfig) -> dict[str, pl.BlockSpec]:
+def kernel_operands(
+    given: dict[str, Any],
+    table: Sequence[float] | None,
+    problem: MatmulProblem,
+    config: MatmulConfig,
+    experts: int = 0,
+) -> dict[str, jax.Array]:
+    """What is passed to a kernel, in its order: cast, padded to a block of rows, and checked.
+
+    Args:
+      given: arrays by name, None for those that are not there.
+      table: the 16 values of "table4" codes.
+      problem: must agree with the arrays.
+      config: its rows a block.
+      experts: size of the leading axis of the weight's parts; 0 for none.
+
+    Raises:
+      ValueError: an array does not have the shape or dtype that the problem states.
+    """
+    arrays = dict(given)
+    if arrays["x"].dtype == jnp.float32:
+        arrays["x"] = arrays["x"].astype(jnp.bfloat16)
+    for name in ("scale", "zero_point"):  # single rows are read anywhere: for 32-bit arrays only
+        if arrays[name] is not None:
+            arrays[name] = arrays[name].astype(jnp.float32)
+    arrays["table"] = None if table is None else _table_rows(table)
+    _check(arrays, problem, (experts,) if experts else ())
+    more = max(0, config.bm - problem.m)  # a block may have more rows than there are
+    return {
+        name: jnp.pad(arrays[name], ((0, more), (0, 0))) if name in _OVER_ROWS else arrays[name]
+        for name in _ORDER
+        if arrays.get(name) is not None
+    }
+
+
+def block_specs(
+    problem: MatmulProblem,
+    config: MatmulConfig,
+    *,
+    rows: Callable[..., Any],
+    columns: Callable[..., Any],
+    depth: Callable[..., Any],
+    expert: Callable[..., Any] | None = None,
+) -> dict[str, pl.BlockSpec]:
+    """The blocks of each array, by name.
+
+    Args:
+      problem: the product.
+      config: sizes of blocks.
+      rows: from the grid's indices to that of a block of rows.
+      columns: likewise, of columns.
+      depth: likewise, of contracted values.
+      expert: likewise, of the expert, where the weight's parts have such an axis in front.
+    """
     c = config
     code_rows = c.bk
     if problem.codes in PACKED:
         code_rows = c.bk // 8 * STORAGE[problem.codes][1]
-    column = functools.partial(pl.BlockSpec, index_map=lambda i, j, k: (0, j))
-    result = functools.partial(pl.BlockSpec, index_map=lambda i, j, k: (i, j))
+
+    def of_weight(size: int, at: Callable[..., Any]) -> pl.BlockSpec:
+        if expert is None:
+            return pl.BlockSpec((size, c.bn), lambda *g: (at(*g), columns(*g)))
+        return pl.BlockSpec((None, size, c.bn), lambda *g: (expert(*g), at(*g), columns(*g)))
+
+    scales = of_weight(problem.groups, lambda *g: 0)
+    result = pl.BlockSpec((c.bm, c.bn), lambda *g: (rows(*g), columns(*g)))
     return {
-        "x": pl.BlockSpec((c.bm, c.bk), lambda i, j, k: (i, k)),
-        "codes": pl.BlockSpec((code_rows, c.bn), lambda i, j, k: (k, j)),
-        "scale": column((problem.groups, c.bn)),
-        "zero_point": column((problem.groups, c.bn)),
-        "table": pl.BlockSpec((8, LANES), lambda i, j, k: (0, 0)),
-        "x_scale": pl.BlockSpec((c.bm, 1), lambda i, j, k: (i, 0)),
-        "bias": column((1, c.bn)),
-        "gate": result((c.bm, c.bn)),
-        "residual": result((c.bm, c.bn)),
-        "out": result((c.bm, c.bn)),
+        "x": pl.BlockSpec((c.bm, c.bk), lambda *g: (rows(*g), depth(*g))),
+        "codes": of_weight(code_rows, depth),
+        "scale": scales,
+        "zero_point": scales,
+        "table": pl.BlockSpec((8, LANES), lambda *g: (0, 0)),
+        "x_scale": pl.BlockSpec((c.bm, 1), lambda *g: (rows(*g), 0)),
+        "bias": pl.BlockSpec((1, c.bn), lambda *g: (0, columns(*g))),
+        "gate": result,
+        "residual": result,
+        "out": result,
     }
 
 
-def _check(given: dict[str, Any], problem: MatmulProblem) -> None:
+def _check(given: dict[str, Any], problem: MatmulProblem, leading: tuple[int, ...]) -> None:
     p = problem
     shapes = {
         "x": (p.m, p.k),
-        "codes": (p.code_rows, p.n),
-        "scale": (p.groups, p.n),
-        "zero_point": (p.groups, p.n) if p.zero_point else None,
+        "codes": (*leading, p.code_rows, p.n),
+        "scale": (*leading, p.groups, p.n),
+        "zero_point": (*leading, p.groups, p.n) if p.zero_point else None,
         "table": (8, LANES) if p.codes == "table4" else None,
         "x_scale": (p.m, 1) if p.x_scale else None,
         "bias": (1, p.n) if p.bias else None,
@@ -148,7 +209,8 @@ def _check(given: dict[str, Any], problem: MatmulProblem) -> None:
         "residual": (p.m, p.n) if p.residual else None,
     }
     for name, shape in shapes.items():
-        got = None if given[name] is None else tuple(given[name].shape)
+        array = given.get(name)
+        got = None if array is None else tuple(array.shape)
         if got != shape:
             raise ValueError(f"{name} has shape {got}; the problem says {shape}: {problem}")
     for name, dtype in (("x", p.x_dtype), ("codes", STORAGE[p.codes][0])):
@@ -163,12 +225,7 @@ def _table_rows(table: Sequence[float]) -> jax.Array:
     return jnp.broadcast_to(row, (8, LANES))
 
 
-def _pad_rows(array: jax.Array, name: str, problem: MatmulProblem, rows: int) -> jax.Array:
-    if name not in ("x", "x_scale", "gate", "residual"):
-        return array
-    return jnp.pad(array, ((0, rows - problem.m), (0, 0)))
-
-
-def _name(problem: MatmulProblem, config: MatmulConfig) -> str:
+def kernel_name(problem: MatmulProblem, config: MatmulConfig) -> str:
+    """A name for profiles."""
     group = "channel" if problem.groups == 1 else f"g{problem.group}"
     return f"{problem.codes}_{group}_{problem.x_dtype}_{config.scale}_{config.reading}"
