@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxquant.algorithms.compiled import Compiled as Compiled
     from jaxquant.algorithms.compiled import compile as compile
     from jaxquant.algorithms.explain import explain as explain
+    from jaxquant.algorithms.prepare import prepare as prepare
     from jaxquant.algorithms.ptq import ptq as ptq
     from jaxquant.algorithms.qat import qat as qat
     from jaxquant.algorithms.transforms.explain_folds import explain_folds as explain_folds
@@ -52,6 +53,7 @@ _EXPORTS = {
     "Compiled": "jaxquant.algorithms.compiled",
     "compile": "jaxquant.algorithms.compiled",
     "explain": "jaxquant.algorithms.explain",
+    "prepare": "jaxquant.algorithms.prepare",
     "ptq": "jaxquant.algorithms.ptq",
     "qat": "jaxquant.algorithms.qat",
     "explain_folds": "jaxquant.algorithms.transforms.explain_folds",

@@ -33,6 +33,7 @@ class Weight:
       zero_point: whether there are zero points.
       table: the 16 values of "table4" codes.
       packed_axis: axis along which codes are packed into bytes, counted from the front.
+      prepared: whether codes lie in memory as the platform's kernels read them.
     """
 
     codes: str
@@ -41,6 +42,7 @@ class Weight:
     zero_point: bool = False
     table: tuple[float, ...] | None = None
     packed_axis: int | None = None
+    prepared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,11 @@ class MatrixProduct:
         if axes.weight_side == "rhs":
             return out
         return lax.transpose(out, (*range(len(free), out.ndim), *range(len(free))))
+
+    @property
+    def moves_codes(self) -> bool:
+        """Whether codes are transposed at every call."""
+        return self.kernel.k_minor and _k_first(self.axes) and not self.weight.prepared
 
     def _matrix(self, codes: jax.Array) -> jax.Array:
         """Codes as the kernel takes them: of a weight prepared for it, no element moves."""

@@ -48,6 +48,8 @@ class ParamPlan:
       packed_axis: negative axis along which bit-packed codes are packed, or None.
       layer_axes: axes that only number layers.
       stack_axes: these, and axes of experts and batches, along which nothing is shared.
+      contracted: negative axes that the deciding product sums over as a whole; None where it is
+        no product of matrices.
       rule: the rule that decided, or None.
       reason: why it stays float; "" if it is quantized.
       notes: what else the plan should say.
@@ -63,6 +65,7 @@ class ParamPlan:
     packed_axis: int | None = None
     layer_axes: tuple[int, ...] = ()
     stack_axes: tuple[int, ...] = ()
+    contracted: tuple[int, ...] | None = None
     rule: Rule | None = None
     reason: str = ""
     notes: tuple[str, ...] = ()
@@ -159,9 +162,17 @@ def _plan(plan: ParamPlan, own: Sequence[tuple[OpUse, Rule | None]]) -> ParamPla
         packed_axis=choose_packed_axis(plan.shape, blocks, stack) if packed else None,
         layer_axes=tuple(a.axis for a in use.axes if a.is_layer),
         stack_axes=stack,
+        contracted=_contracted(use),
         rule=rule,
         notes=tuple(_notes(use, rule, blocks, own)),
     )
+
+
+def _contracted(use: OpUse) -> tuple[int, ...] | None:
+    if use.primitive not in ("dot_general", "ragged_dot"):
+        return None
+    count = len(use.axes)
+    return tuple(a.axis - count for a in use.axes if 1 < a.length == a.contracted)
 
 
 def _never_quantized(plan: ParamPlan) -> str:

@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as jp
 from jax.sharding import PartitionSpec
 
-from jaxquant.core import _compat, placement
+from jaxquant.core import _compat, placement, prepared
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.remat_policy import as_dot_policy
 from jaxquant.passes.forwarding import forwarded_operands
@@ -89,13 +89,18 @@ def scan_rule(ctx: Context, ins: list[Any]) -> list[Any]:
     params = ctx.params
     num_consts, num_carry = _compat.scan_arity(ctx.eqn)
     consts, carry, xs = _split(ins, num_consts, num_carry)
-    xs = [_stacked(x, ctx) if is_weight(x) else x for x in xs]
+    entries = [_stacked(x, ctx) if is_weight(x) else (x, None) for x in xs]
+    xs, backs = [x for x, _ in entries], [back for _, back in entries]
     state, fixed = separate_invariant(ctx, carry)
     # Layers that the body hands on are stacked again as they were: the weight itself.
     sources = forwarded_operands(ctx.eqn)[num_carry:]
     kept = {i: ins[k] for i, k in enumerate(sources) if k is not None and is_weight(ins[k])}
 
     def step(state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        x = [
+            part if back is None else part.replace(value=back(part.value))
+            for part, back in zip(x, backs, strict=True)
+        ]
         outs = ctx.run(0, params["jaxpr"], [*consts, *merge_fixed(state, fixed), *x])
         new = [_array(ctx, out) for i, out in enumerate(outs[:num_carry]) if i not in fixed]
         ys = [_array(ctx, y) for i, y in enumerate(outs[num_carry:]) if i not in kept]
@@ -242,8 +247,9 @@ def _like(values: Sequence[Any], examples: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _stacked(weight: Weight, ctx: Context) -> Weight:
-    value = weight.value
+def _stacked(weight: Weight, ctx: Context) -> tuple[Weight, Callable[[QTensor], QTensor] | None]:
+    """What the scan slices, and what makes a layer's QTensor of a slice."""
+    value, back = weight.value, None
     if isinstance(value, QTensor):
-        value = placement.with_full_leading_axis(value)
-    return weight.replace(value=value, levels=(*weight.levels, ctx.site))
+        value, back = prepared.into_scan(placement.with_full_leading_axis(value))
+    return weight.replace(value=value, levels=(*weight.levels, ctx.site)), back

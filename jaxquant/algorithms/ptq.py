@@ -89,7 +89,9 @@ def ptq(
     for i, plan in track(todo, "quantizing", show=progress):
         weight = _quantize(leaves[i], plan, trained.get(plan.path))
         leaves[i] = weight.replace(
-            input_scale=scales.get(plan.path), op_rules=assignment.op_rules
+            input_scale=scales.get(plan.path),
+            op_rules=assignment.op_rules,
+            contracted=plan.contracted,
         ).validate(plan.path)
     return adapter.with_tree(jax.tree_util.tree_unflatten(treedef, leaves))
 

@@ -47,7 +47,7 @@ def check_codes(w: QTensor, name: str) -> None:
 
 
 def check_scales(w: QTensor, name: str) -> None:
-    """Invariants 3 to 6: shapes and dtypes of scale, zero point and input scale."""
+    """Invariants 3 to 8: shapes and dtypes of scale, zero point and input scale; the op's axes."""
     shape = w.shape
     scale_shape = tuple(w.scale.shape)
     if len(scale_shape) != len(shape) or any(
@@ -80,5 +80,12 @@ def check_scales(w: QTensor, name: str) -> None:
     ):
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{name}: invariant 6: {part} must be floating, not {dtype}")
+    if w.input_group is not None and w.input_scale is None:
+        raise ValueError(f"{name}: invariant 7: input_group {w.input_group!r} without input_scale")
+    axes = w.contracted or ()
+    if len(set(axes)) < len(axes) or not all(-len(shape) <= axis < 0 for axis in axes):
+        raise ValueError(
+            f"{name}: invariant 8: contracted {axes} must be different axes in [-{len(shape)}, -1]"
+        )
     if isinstance(w.scale, type(w)):
         w.scale.validate(f"{name}.scale")

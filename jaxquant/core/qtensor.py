@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,8 @@ from jaxquant.pallas_kernels import packing
 
 _DATA_FIELDS = ("codes", "scale", "zero_point", "input_scale")
 _STATIC_FIELDS = (
-    "qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules", "mesh_layout",
+    "qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules", "input_group",
+    "contracted", "prepared", "mesh_layout",
 )  # fmt: skip
 _NO_ARITHMETIC = (
     "a QTensor holds quantized codes and does no arithmetic ({what}). Decorate the module with"
@@ -61,6 +63,13 @@ class QTensor:
         that a scan or an index will remove (see `choose_packed_axis`).
       packed_length: logical length of the packed axis (static).
       op_rules: rules for weightless operations that are saved with the tree (static, opaque).
+      input_group: None, or a name that this weight shares with all weights of the tree whose
+        `input_scale` is the same array, because they read the same input (static). Whoever gives
+        a weight another `input_scale` takes the name away.
+      contracted: negative axes that the weight's op sums over, or None where that is not known
+        (static). Nothing is computed from it: it says how to lay codes out for a platform.
+      prepared: name of the platform for whose kernels codes lie in memory, or None (static, not
+        saved). See `jaxquant.core.prepared`; no value and no shape depends on it.
       mesh_layout: how the weight lies on an automatic mesh, a `jaxquant.core.layout.MeshLayout`,
         or None where that is not recorded (static, not saved). No value depends on it.
     """
@@ -75,6 +84,9 @@ class QTensor:
     packed_axis: int | None = None
     packed_length: int | None = None
     op_rules: tuple[Any, ...] = ()
+    input_group: str | None = None
+    contracted: tuple[int, ...] | None = None
+    prepared: str | None = None
     mesh_layout: MeshLayout | None = None
 
     # -- pytree ------------------------------------------------------------------------------
@@ -179,6 +191,8 @@ class QTensor:
         5. input_scale is None or has the rank of codes and sizes 1 or the logical size.
         6. dtype, the scale's dtype and input_scale's dtype are floating; a scale that is a
            QTensor is valid itself.
+        7. input_group is None where there is no input_scale.
+        8. contracted is None, or has different negative axes of the weight.
 
         Raises:
           ValueError: names the invariant, the part and both sides of the mismatch.
@@ -251,6 +265,8 @@ def make_qtensor(
     packed_axis: int | None = None,
     packed_length: int | None = None,
     op_rules: tuple[Any, ...] = (),
+    input_group: str | None = None,
+    contracted: Sequence[int] | None = None,
     name: str = "QTensor",
 ) -> QTensor:
     """A validated QTensor; see `QTensor` for the fields and `QTensor.validate` for the errors.
@@ -266,6 +282,8 @@ def make_qtensor(
       packed_axis: axis along which codes are packed (made negative here).
       packed_length: logical length of that axis.
       op_rules: rules of weightless operations.
+      input_group: name of the input, where other weights share `input_scale`.
+      contracted: axes that the weight's op sums over, if that is known (made negative here).
       name: parameter name for error messages.
     """
     if packed_axis is not None and packed_axis >= 0:
@@ -281,7 +299,14 @@ def make_qtensor(
         packed_axis,
         packed_length,
         tuple(op_rules),
+        input_group,
+        None if contracted is None else negative_axes(contracted, codes.ndim),
     ).validate(name)
+
+
+def negative_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Axes, sorted and counted from the end: removing leading axes keeps their numbers."""
+    return tuple(sorted(axis - ndim if axis >= 0 else axis for axis in axes))
 
 
 def is_qtensor(x: Any) -> bool:

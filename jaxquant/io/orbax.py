@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from jaxquant.algorithms.prepare import check_platform, lay_out_tree
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.io import flax_codecs, leaves, python_codecs, qtensor_codec, storage
 from jaxquant.io.checksum import checksums
@@ -84,6 +85,7 @@ def restore(
     sharding: Placement = None,
     verify: bool = True,
     types: Iterable[type] = (),
+    prepare: str | None = None,
 ) -> Any:
     """Reads a checkpoint back, to exactly what was saved.
 
@@ -106,6 +108,8 @@ def restore(
       verify: whether to check every array against its checksum (a pass over the data on the
         devices). The metadata is always checked.
       types: classes of named tuples and NNX variables that are in no loaded module.
+      prepare: a platform for whose kernels quantized weights are laid out at once; see
+        `jaxquant.prepare`. None: as they are stored.
 
     Returns:
       The tree, or with `model` a new model.
@@ -113,9 +117,10 @@ def restore(
     Raises:
       CheckpointError: no checkpoint, cut, altered, of a newer format, not what its metadata
         states, or not for this model.
-      ValueError: `sharding` does not fit the arrays.
+      ValueError: `sharding` does not fit the arrays; `prepare` is an unknown platform.
     """
     where = os.fspath(path)
+    platform = None if prepare is None else check_platform(prepare)
     manifest = Manifest.open(storage.read_manifest(where), where)
     classes = (*types, *model_classes(model))
     places: dict[int, Place] = {}
@@ -138,6 +143,8 @@ def restore(
     ]
     del arrays
     tree = _decode(manifest, where, classes, {}, values)
+    if platform is not None:
+        tree = lay_out_tree(tree, platform, donate=True)  # nobody else has these arrays
     return tree if model is None else put_into_model(model, tree, where)
 
 

@@ -50,6 +50,8 @@ class QTensorCodec:
             "packed_axis": value.packed_axis,
             "packed_length": value.packed_length,
             "op_rules": encoder.op_rules.index(rules),
+            "input_group": value.input_group,
+            "contracted": None if value.contracted is None else list(value.contracted),
         }
         for part in PARTS:
             node[part] = encoder.encode(getattr(value, part), place.child(part))
@@ -65,6 +67,11 @@ class QTensorCodec:
             "packed_axis": take(node, "packed_axis", (int, type(None)), where),
             "packed_length": take(node, "packed_length", (int, type(None)), where),
         }
+        # Checkpoints of format 1 that were written before there were such fields lack them.
+        group = take({"input_group": None, **node}, "input_group", (str, type(None)), where)
+        axes = take({"contracted": None, **node}, "contracted", (list, type(None)), where)
+        if axes is not None and not all(type(axis) is int for axis in axes):
+            raise CheckpointError(f"{where}: contracted is no list of axes: {axes}")
         rules = take(node, "op_rules", int, where)
         if not 0 <= rules < len(decoder.op_rules):
             raise CheckpointError(f"{where}: there are no op_rules {rules}")
@@ -94,6 +101,8 @@ class QTensorCodec:
                 static["packed_axis"],
                 static["packed_length"],
                 decoder.op_rules[rules],
+                group,
+                None if axes is None else tuple(axes),
             ).validate("QTensor")
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: {error}") from error

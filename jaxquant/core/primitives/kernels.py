@@ -72,6 +72,7 @@ def choose_kernel(
         w.zero_point is not None,
         w.qtype.table,
         None if w.packed_axis is None else w.packed_axis + w.ndim,
+        w.prepared == place.platform,
     )
     return choose(
         tuple(x.shape),

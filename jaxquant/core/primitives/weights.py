@@ -30,7 +30,9 @@ _NO_GRADIENT = (
 def bind_leaves(w: QTensor, keep_input_scale: bool = False) -> QTensor:
     """The parts of a weight that a product reads; what its op does besides goes into parameters."""
     input_scale = w.input_scale if keep_input_scale else None
-    return w.replace(act=None, op_rules=(), input_scale=input_scale)
+    return w.replace(
+        act=None, op_rules=(), input_scale=input_scale, input_group=None, contracted=None
+    )
 
 
 def unflatten(tree: Any, leaves: Sequence[Any]) -> QTensor:

@@ -25,12 +25,27 @@ class Unstructured(Exception):  # noqa: N818  (a condition that is handled, not 
 
 
 def map_parts(w: QTensor, fn: Callable[[Any], Any], codes: jax.Array, **static: Any) -> QTensor:
-    """The weight with new codes and `fn` applied to scale, zero point and input scale."""
+    """The weight with new codes and `fn` applied to scale, zero point and input scale.
+
+    Which axes its op sums over, and that its codes lie ready for that, is forgotten unless
+    `static` says so.
+    """
     parts = {
         name: None if getattr(w, name) is None else fn(getattr(w, name))
         for name in ("scale", "zero_point", "input_scale")
     }
-    return w.replace(codes=codes, **parts, **static)
+    return w.replace(codes=codes, **parts, **{"contracted": None, "prepared": None, **static})
+
+
+def kept_axes(w: QTensor, move: Callable[[int], int]) -> dict[str, Any]:
+    """`map_parts`'s static arguments where `move` says what becomes of an axis.
+
+    Axes go in from the front and come out negative.
+    """
+    if w.contracted is None:
+        return {}
+    axes = tuple(sorted(move(axis + w.ndim) for axis in w.contracted))
+    return {"contracted": axes, "prepared": w.prepared}
 
 
 def on_part(
@@ -104,6 +119,7 @@ def transpose(w: QTensor, permutation: Sequence[int]) -> QTensor:
         lambda part: on_part(part, transpose, lax.transpose, permutation),
         lax.transpose(w.codes, permutation),
         packed_axis=packed,
+        **kept_axes(w, lambda axis: permutation.index(axis) - w.ndim),
     )
 
 
@@ -124,7 +140,8 @@ def broadcast_in_dim(w: QTensor, shape: Sequence[int], dimensions: Sequence[int]
         return on_part(part, broadcast_in_dim, lax.broadcast_in_dim, tuple(thin), dimensions)
 
     codes = lax.broadcast_in_dim(w.codes, wide, dimensions)
-    return map_parts(w, spread, codes, packed_axis=packed)
+    own = kept_axes(w, lambda axis: dimensions[axis] - len(shape))
+    return map_parts(w, spread, codes, packed_axis=packed, **own)
 
 
 def squeeze(w: QTensor, dimensions: Sequence[int]) -> QTensor:
@@ -135,11 +152,15 @@ def squeeze(w: QTensor, dimensions: Sequence[int]) -> QTensor:
     if packed is not None:
         packed += sum(d > packed + w.ndim for d in gone)
     axes = tuple(sorted(gone))
+    own = {}
+    if w.contracted is not None and gone.isdisjoint(axis + w.ndim for axis in w.contracted):
+        own = kept_axes(w, lambda axis: axis - w.ndim + sum(d > axis for d in gone))
     return map_parts(
         w,
         lambda part: on_part(part, squeeze, lax.squeeze, axes),
         lax.squeeze(w.codes, axes),
         packed_axis=packed,
+        **own,
     )
 
 

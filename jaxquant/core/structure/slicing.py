@@ -16,6 +16,7 @@ from jaxquant.core.structure.basic import (
     Part,
     Unstructured,
     check_growth,
+    kept_axes,
     map_parts,
     on_part,
     unpacked,
@@ -48,7 +49,7 @@ def slice(  # noqa: A001
     if not shape:
         return w
     codes = lax.slice(w.codes, *map(tuple, zip(*coded, strict=True)))
-    return map_parts(w, cut_part, codes)
+    return map_parts(w, cut_part, codes, **kept_axes(w, lambda axis: axis - w.ndim))
 
 
 def _cut_blocks(
@@ -112,7 +113,8 @@ def dynamic_slice(w: QTensor, starts: Sequence[Any], sizes: Sequence[int]) -> QT
     code_sizes = [
         held if n == z else z for held, n, z in zip(w.codes.shape, shape, sizes, strict=True)
     ]
-    return map_parts(w, cut, lax.dynamic_slice(w.codes, starts, code_sizes))
+    codes = lax.dynamic_slice(w.codes, starts, code_sizes)
+    return map_parts(w, cut, codes, **kept_axes(w, lambda axis: axis - w.ndim))
 
 
 def _static_start(start: Any, n: int, size: int) -> int | None:
@@ -147,6 +149,8 @@ def concatenate(ws: Sequence[QTensor], dimension: int) -> QTensor:
         scale=joined,
         zero_point=lax.concatenate(zero_points, d) if zero_points else None,
         input_scale=_join_input_scales(ws, d),
+        contracted=None,
+        prepared=None,
     )
 
 
