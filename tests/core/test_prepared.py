@@ -1,4 +1,4 @@
-"""Codes in a platform's order: the order itself, what moves, and how a weight passes into a scan."""
+"""Codes in a platform's order: what moves, and how a prepared weight passes into a scan."""
 
 import hypothesis.strategies as st
 import jax
