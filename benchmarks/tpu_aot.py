@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tpu_schedule
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 
 ENVIRONMENT = {
@@ -36,7 +38,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-UNITS = ("MATMUL", "MATPUSH", "XLU", "VALU", "EUP", "VLOAD", "VSTORE", "SALU")
+NO_SCHEDULE = tpu_schedule.Schedule(0, {}, {}, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,10 @@ class Static:
       chip: for which chip.
       error: what the compiler said if it refused, else None.
       cycles: estimated cycles of all operations together; None without an estimate.
-      source: "estimate" or "bundles x steps".
+      source: "estimate", "bundles x steps" (of a kernel) or "none".
       operations: estimated cycles by operation.
+      sequence: the operations of the compiled program, one after the other: fields of
+        `tpu_schedule.Operation` and the bundles of their schedules.
       bundles: instructions of the largest operation's schedule: one step of a kernel's grid, with
         what surrounds it.
       units: busy slots of each unit over its slots a bundle, in bundles.
@@ -86,6 +90,7 @@ class Static:
     cycles: int | None = None
     source: str = "estimate"
     operations: dict[str, int] = dataclasses.field(default_factory=dict)
+    sequence: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     bundles: int = 0
     units: dict[str, float] = dataclasses.field(default_factory=dict)
     spills: int = 0
@@ -99,6 +104,11 @@ class Static:
 def available() -> bool:
     """Whether the TPU compiler is installed."""
     return importlib.util.find_spec("libtpu") is not None
+
+
+def compiler() -> str:
+    """What made a schedule, as "libtpu 0.0.52, jax 0.12.0": jax lowers kernels, libtpu compiles."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
 
 
 def measure(jobs: Sequence[Job], chip: str, *, profile: bool = True) -> dict[str, Static]:
@@ -219,59 +229,36 @@ def on_tpu(device: Any) -> Any:
 
 
 def _read(name: str, chip: str, compiled: Any, folder: str, steps: int) -> Static:
-    operations: dict[str, int] = {}
-    for path in glob.glob(f"{folder}/profile/*.textproto"):
-        text = Path(path).read_text()
-        for op, cycles in re.findall(r'hlo_op_name: "(.*?)"\s+estimated_cycles: (\d+)', text):
-            operations[op] = operations.get(op, 0) + int(cycles)
-    bundles, units, spills = _largest_schedule(folder)
-    estimated = sum(operations.values()) if operations else None
-    source = "estimate"
-    if estimated is None and bundles and steps:
-        estimated, source = bundles * steps, "bundles x steps"
     text = compiled.as_text()
-    vmem = [
-        int(size)
-        for part in re.findall(r"used_scoped_memory_configs\D{0,8}(\[[^\]]*\])", text)
-        for size in re.findall(r'"size":"?(\d+)', part)
-    ]
+    plans = tpu_schedule.schedules(f"{folder}/dump")
+    sequence = tpu_schedule.operations(text)
+    largest = max(plans.values(), key=lambda plan: plan.bundles, default=NO_SCHEDULE)
+    profile = tpu_schedule.profile(f"{folder}/profile")
+    cycles, source = (sum(profile.values()), "estimate") if profile else (None, "none")
+    if cycles is None and largest.bundles and steps:
+        cycles, source = largest.bundles * steps, "bundles x steps"
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     memory = compiled.memory_analysis()
     return Static(
         name,
         chip,
-        cycles=estimated,
+        cycles=cycles,
         source=source,
-        operations=operations,
-        bundles=bundles,
-        units=units,
-        spills=spills,
-        vmem=max(vmem, default=0),
+        operations=profile,
+        sequence=[
+            dataclasses.asdict(op) | {"bundles": plans[op.name].bundles if op.name in plans else 0}
+            for op in sequence
+        ],
+        bundles=largest.bundles,
+        units=largest.units,
+        spills=largest.spills,
+        vmem=tpu_schedule.vmem_used(text),
         hbm_bytes=int(cost.get("bytes accessed", 0)),
         temporaries=int(memory.temp_size_in_bytes) if memory is not None else 0,
         kernels=text.count('custom_call_target="tpu_custom_call"'),
         gathers=len(re.findall(r"all-gather(?:-start)?\(", text)),
     )
-
-
-def _largest_schedule(folder: str) -> tuple[int, dict[str, float], int]:
-    """Bundles, unit use and spills of the operation with the longest schedule."""
-    best: tuple[int, dict[str, float], int] = (0, {}, 0)
-    for path in glob.glob(f"{folder}/dump/*final_hlo-static-per-bundle-utilization.txt"):
-        if "<late-" in path or "-TLP-" in path:  # what surrounds the program
-            continue
-        lines = Path(path).read_text().splitlines()
-        at = lines.index("== UTILIZATION:")
-        names = [n.strip() for n in lines[at - 2].split(",")]
-        slots = dict(zip(names, map(int, lines[at - 1].split()), strict=True))
-        rows = [list(map(int, line.split())) for line in lines[at + 1 :] if line.strip()]
-        if len(rows) <= best[0]:
-            continue
-        sums = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
-        units = {n: round(sums[n] / max(slots[n], 1), 1) for n in UNITS if n in sums}
-        best = len(rows), units, sums.get("VSTORE:SPILL", 0) + sums.get("VLOAD:FILL", 0)
-    return best
 
 
 def main() -> None:

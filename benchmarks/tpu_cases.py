@@ -58,10 +58,16 @@ def ours(problem: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any, int
     return fn, (arrays,), steps
 
 
-def chosen(problem: dict[str, Any], chip: str) -> tuple[Any, Any, int]:
-    """`ours` with the config that the heuristics choose for the chip."""
-    config = choose_config(MatmulProblem(**problem), CHIPS[chip])
-    fn, avals, steps = ours(problem, dataclasses.asdict(config))
+def chosen(
+    problem: dict[str, Any], chip: str, config: dict[str, Any] | None = None
+) -> tuple[Any, Any, int]:
+    """`ours` with this config, or the one that the heuristics choose for the chip.
+
+    The steps are those of one of the chip's cores.
+    """
+    if config is None:
+        config = dataclasses.asdict(choose_config(MatmulProblem(**problem), CHIPS[chip]))
+    fn, avals, steps = ours(problem, config)
     return fn, avals, math.ceil(steps / CHIPS[chip].cores)
 
 

@@ -1,9 +1,14 @@
-"""Static figures of the TPU kernels beside bfloat16 and XLA's own lowering. No hardware is timed.
+"""Static figures of the TPU kernels beside bfloat16, XLA's own lowering, Qwix and tokamax.
 
 `python -m benchmarks.tpu_static [--chips v5e v6e] [--shapes 4096x4096] [--rows 16 1024]` writes
-benchmarks/results/tpu-static-<chip>.json and the table in tpu-static.md. Time is the larger of the
-compiler's estimated cycles over the clock and the bytes that must be moved over the bandwidth
-(`pallas_kernels/tpu/chips.py` has both, with sources). Needs libtpu; see `benchmarks.tpu_aot`.
+benchmarks/results/tpu-static-<chip>.json; `python -m benchmarks.tpu_tables` makes tables of them.
+No hardware is timed: time is the larger of the compiler's estimated cycles over the clock and the
+bytes that must be moved over the bandwidth (`pallas_kernels/tpu/chips.py` has both, with sources).
+`benchmarks.tpu_programs` says where a program stands for a larger one, and where only a lower bound
+is known. Needs libtpu; see `benchmarks.tpu_aot`.
+
+A run takes long, so each program is written down when it is compiled, and `--resume` takes those of
+the same compiler from the file.
 """
 
 from __future__ import annotations
@@ -11,181 +16,195 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from benchmarks.tpu_aot import Job, Static, measure
-from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from benchmarks import tpu_floor, tpu_peers
+from benchmarks.tpu_aot import Static, compiler, measure
+from benchmarks.tpu_programs import BASELINES, FORMATS, Program, moved, program, time_of
+from jaxquant.pallas_kernels.problem import Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
-from jaxquant.pallas_kernels.tpu.config import MatmulConfig
-from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 
 RESULTS = Path(__file__).parent / "results"
+SHAPES = ("4096x4096", "4096x14336", "14336x4096", "8192x28672")
+ROWS = (1, 8, 16, 64, 256, 1024, 4096)
 NOTE = (
-    "Estimates of the TPU compiler (libtpu), no timing on hardware: time = max(estimated cycles /"
-    " clock, bytes moved once / bandwidth). Behind each gain: what bounds the time. Where there are"
-    " no estimated cycles (bf16 on v4), the floor of bytes and matrix operations stands instead."
+    "Estimates of the TPU compiler, no timing on hardware: time = max(estimated cycles / clock,"
+    " bytes moved once / bandwidth). at_least: no estimate; what schedules, bytes and multiply-adds"
+    " need (benchmarks/tpu_programs.py). model: XLA's own cost model."
 )
-# What each column is: fields of a problem. v7x multiplies fp8, not int8.
-FORMATS: dict[str, dict[str, Any]] = {
-    "w8a8": {"codes": "int8", "x_dtype": "int8", "x_scale": True},
-    "w8a16 g128": {"codes": "int8", "group": 128},
-    "w4a16 g128": {"codes": "int4", "group": 128},
-    "w4a16 g32": {"codes": "int4", "group": 32},
-    "w4a8 g128": {"codes": "int4", "group": 128, "x_dtype": "int8", "x_scale": True},
-    "w3a16 g128": {"codes": "int3", "group": 128},
-    "w2a16 g128": {"codes": "int2", "group": 128},
-    "fp8": {"codes": "float8_e4m3fn", "x_dtype": "float8_e4m3fn", "x_scale": True},
-    "table4 g64": {"codes": "table4", "group": 64},
-}
-BASELINES = ("bf16", "xla int4 g128")
+_BATCH = 6  # programs a process: what is compiled is written down after each
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One program on one chip."""
+    """One product on one chip.
 
-    chip: str
+    Attributes:
+      k, n, m, name: the product and its label.
+      microseconds: None if it does not compile.
+      bound: what bounds the time.
+      at_least: the time is a lower bound.
+      model: microseconds by XLA's cost model where there is no estimate.
+      floor: microseconds that each resource needs (`tpu_floor`); empty if it is none of ours.
+      over_floor: time over the largest of them.
+      bytes: what must be moved once.
+      program: key of the compiled program.
+      times: by how much the program's time was multiplied.
+    """
+
     k: int
     n: int
     m: int
     name: str
     microseconds: float | None
     bound: str
-    cycles: int | None
-    source: str
+    at_least: bool
+    model: float | None
+    floor: dict[str, float]
+    over_floor: float | None
     bytes: int
-    floor_microseconds: float
-    config: dict[str, Any] | None
-    static: dict[str, Any]
+    program: str
+    times: float
 
 
 def main() -> None:
-    """Measures, writes, prints."""
+    """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
+    labels = [*BASELINES, *FORMATS, *tpu_peers.PEERS]
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
-    parser.add_argument("--shapes", nargs="+", default=["4096x4096"], help="KxN")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 256, 1024])
-    parser.add_argument("--formats", nargs="+", default=[*BASELINES, *FORMATS])
-    parser.add_argument("--tag", default="", help="suffix of the result files")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="KxN")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--formats", nargs="+", default=labels, choices=labels)
+    parser.add_argument("--resume", action="store_true", help="keep what the file has")
     arguments = parser.parse_args()
+    wanted = [label for label in arguments.formats if label not in tpu_peers.PEERS]
+    for label in arguments.formats:
+        if label in tpu_peers.PEERS and tpu_peers.available(label):
+            wanted.append(label)
+        elif label in tpu_peers.PEERS:
+            print(f"{label}: not installed, left out")
     for name in arguments.chips:
-        rows = measure_chip(name, arguments.shapes, arguments.rows, arguments.formats)
-        stem = f"tpu-static-{name}{arguments.tag}"
-        record = {
-            "note": NOTE,
-            "jax": jax.__version__,
-            "chip": dataclasses.asdict(CHIPS[name]),
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        text = table(rows)
-        (RESULTS / f"{stem}.md").write_text(f"# {name}\n\n{NOTE}\n\n{text}")
-        print(text)
+        measure_chip(name, arguments.shapes, arguments.rows, wanted, arguments.resume)
 
 
 def measure_chip(
-    name: str, shapes: list[str], row_counts: list[int], formats: list[str]
-) -> list[Row]:
-    """Every format at every shape and number of rows, in one process of the compiler."""
-    chip = CHIPS[name]
-    jobs: list[tuple[Job, MatmulProblem, MatmulConfig | None]] = []
-    for shape in shapes:
-        k, n = map(int, shape.split("x"))
-        for m in row_counts:
-            for label in formats:
-                found = _job(chip, label, m, k, n)
-                if found is not None:
-                    jobs.append(found)
-    results = measure([job for job, _, _ in jobs], name)
-    return [_row(chip, job, problem, config, results[job.name]) for job, problem, config in jobs]
+    name: str, shapes: list[str], row_counts: list[int], labels: list[str], resume: bool
+) -> None:
+    """Every label at every shape and number of rows; writes the chip's file as it goes.
+
+    With `resume`, products that the file already has stay in it beside the ones asked for.
+    """
+    chip, path = CHIPS[name], RESULTS / f"tpu-static-{name}.json"
+    items, reasons = _programs(chip, shapes, row_counts, labels)
+    compiled: dict[str, Static] = {}
+    asked = {(i.label, i.problem.m, i.problem.k, i.problem.n) for i in items}
+    kept = []
+    if resume and path.exists():
+        record = json.loads(path.read_text())
+        if record.get("compiler") == compiler():
+            compiled = {key: Static(**value) for key, value in record["programs"].items()}
+            reasons = record["unsupported"] | reasons
+            kept = [
+                row
+                for row in record["rows"]
+                if (row["name"], row["m"], row["k"], row["n"]) not in asked
+            ]
+    jobs = {item.job.name: item.job for item in items if item.job.name not in compiled}
+    for batch in _batches(jobs.values()):
+        compiled |= measure(batch, name)
+        print(f"{name}: {len(compiled)} programs, {len(jobs)} asked for", flush=True)
+        _write(path, chip, items, compiled, reasons, kept)
+    _write(path, chip, items, compiled, reasons, kept)
 
 
-def _job(
-    chip: Chip, label: str, m: int, k: int, n: int
-) -> tuple[Job, MatmulProblem, MatmulConfig | None] | None:
-    name = f"{label}|{m}x{k}x{n}"
-    if label == "bf16":
-        problem = MatmulProblem(m, k, n, "int8")
-        return Job(name, "benchmarks.tpu_cases:bfloat16", {"m": m, "k": k, "n": n}), problem, None
-    if label == "xla int4 g128":
-        problem = MatmulProblem(m, k, n, "int4", group=128)
-        options = {"codes": "int4", "group": 128, "x_dtype": "bfloat16"}
-        return (
-            Job(name, "benchmarks.tpu_cases:xla", {"m": m, "k": k, "n": n, **options}),
-            problem,
-            None,
-        )
-    problem = MatmulProblem(m, k, n, **FORMATS[label])
-    try:
-        config = choose_config(problem, chip)
-    except Unsupported as reason:
-        print(f"{chip.name} {name}: {reason}")
-        return None
-    arguments = {"problem": dataclasses.asdict(problem), "chip": chip.name}
-    return Job(name, "benchmarks.tpu_cases:chosen", arguments), problem, config
+def _batches(jobs: Iterable[Any]) -> Iterator[list[Any]]:
+    left = list(jobs)
+    while left:
+        yield left[:_BATCH]
+        left = left[_BATCH:]
 
 
-def _row(
-    chip: Chip, job: Job, problem: MatmulProblem, config: MatmulConfig | None, static: Static
-) -> Row:
-    p, label = problem, job.name.partition("|")[0]
-    moved = p.least_bytes + 2 * static.temporaries
-    if label == "bf16":
-        moved = 2 * (p.m * p.k + p.k * p.n + p.m * p.n)
-    bandwidth = chip.hbm_bandwidth * chip.cores
-    memory = moved / bandwidth * 1e6
-    compute = None if static.cycles is None else static.cycles / chip.clock * 1e6
-    least = p.m * p.k * p.n / (chip.macs_per_cycle * chip.cores) / chip.clock * 1e6
-    if config is not None and config.operand == "int8":
-        least /= 2
-    time = None if static.error else max(least if compute is None else compute, memory)
-    bound = "memory"
-    if compute is None:
-        bound = "floor: no cycle estimate"
-    elif compute > memory:
-        bound = max(static.units, key=lambda unit: static.units[unit])
+def _programs(
+    chip: Chip, shapes: list[str], row_counts: list[int], labels: list[str]
+) -> tuple[list[Program], dict[str, str]]:
+    items, reasons = [], {}
+    for m in row_counts:
+        for shape in shapes:
+            k, n = map(int, shape.split("x"))
+            for label in labels:
+                if label in tpu_peers.PEERS and not tpu_peers.can_do(label, m):
+                    continue
+                try:
+                    items.append(program(chip, label, m, k, n))
+                except Unsupported as reason:
+                    reasons[f"{label}|{m}x{k}x{n}"] = str(reason)
+    return items, reasons
+
+
+def _write(
+    path: Path,
+    chip: Chip,
+    items: list[Program],
+    compiled: dict[str, Static],
+    reasons: dict[str, str],
+    kept: list[dict[str, Any]],
+) -> None:
+    rows = [_row(chip, i, compiled[i.job.name]) for i in items if i.job.name in compiled]
+    everything = kept + [dataclasses.asdict(row) for row in rows]
+    everything.sort(key=lambda row: (row["k"], row["n"], row["m"]))
+    used = {row["program"] for row in everything}
+    record = {
+        "note": NOTE,
+        "compiler": compiler(),
+        "chip": dataclasses.asdict(chip),
+        "unsupported": reasons,
+        "rows": everything,
+        "programs": {k: dataclasses.asdict(v) for k, v in compiled.items() if k in used},
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(lines(record))
+
+
+def lines(record: dict[str, Any]) -> str:
+    """JSON with an entry of each list or dictionary a line, so that versions can be compared."""
+    parts = []
+    for key, value in record.items():
+        if isinstance(value, list):
+            inner = ",\n".join(f"  {json.dumps(item)}" for item in value)
+            parts.append(f' "{key}": [\n{inner}\n ]')
+        elif isinstance(value, dict):
+            inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            parts.append(f' "{key}": {{\n{inner}\n }}')
+        else:
+            parts.append(f' "{key}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _row(chip: Chip, item: Program, static: Static) -> Row:
+    p, time = item.problem, time_of(chip, item, static)
+    floor = None
+    if item.config is not None:
+        floor = tpu_floor.floor(p, item.config.operand, chip)
+    over = None
+    if floor is not None and time.microseconds is not None:
+        over = round(time.microseconds / floor.microseconds, 3)
     return Row(
-        chip.name,
         p.k,
         p.n,
         p.m,
-        label,
-        time,
-        bound,
-        static.cycles,
-        static.source,
-        moved,
-        max(memory, least),
-        None if config is None else dataclasses.asdict(config),
-        dataclasses.asdict(static),
+        item.label,
+        None if time.microseconds is None else round(time.microseconds, 3),
+        time.bound,
+        time.at_least,
+        None if time.model is None else round(time.model, 3),
+        {} if floor is None else {name: round(t, 3) for name, t in floor.times.items()},
+        over,
+        moved(item),
+        item.job.name,
+        round(item.times, 4),
     )
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown: a line for each shape and number of rows, times and gains over bfloat16."""
-    names = list(dict.fromkeys(row.name for row in rows))
-    lines = [f"| K x N | M | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for key in dict.fromkeys((row.k, row.n, row.m) for row in rows):
-        own = {row.name: row for row in rows if (row.k, row.n, row.m) == key}
-        base = own["bf16"].microseconds if "bf16" in own else None
-        cells = [_cell(own.get(name), base) for name in names]
-        lines.append(f"| {key[0]}x{key[1]} | {key[2]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(row: Row | None, base: float | None) -> str:
-    if row is None:
-        return ""
-    if row.microseconds is None:
-        return "does not compile"
-    if row.cycles is None and row.name.startswith("xla"):
-        return "no estimate"
-    gain = f", {base / row.microseconds:.2f}x" if base and row.name != "bf16" else ""
-    return f"{row.microseconds:.1f} us{gain} ({row.bound})"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Which config a product gets on a chip, by rules.
+"""Which config a product gets on a chip: by the chip's table, else by rules.
 
-`choose_config` is asked by dispatch and by the benchmarks. The rules follow from the compiler's
-static schedules (docs/tpu.md has the figures):
+`choose_config` is asked by dispatch and by the benchmarks. `tpu.table` holds what a search found
+better than the rules, which follow from the compiler's static schedules (docs/tpu.md has figures):
 
 * One scale a column: on the output. Groups, few rows: after each group's dot, since scaling
   partial sums costs rows and scaling the weight costs the weight. Groups, many rows: before.
@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jax.experimental import pallas as pl
-
 from jaxquant.pallas_kernels.problem import (
     PACKED,
     STORAGE,
@@ -25,7 +23,8 @@ from jaxquant.pallas_kernels.problem import (
     RaggedProblem,
     Unsupported,
 )
-from jaxquant.pallas_kernels.tpu.chips import Chip
+from jaxquant.pallas_kernels.tpu import table
+from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, Reading, ScaleTime, vmem_bytes
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
@@ -34,7 +33,10 @@ from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
 DECODE_ROWS = 64
 # "after" pays up to this many rows with float operands, and on 256-wide matrix units with int8.
 AFTER_ROWS = 128
+# Tiles of rows grouped by expert: at most so many; and the rows of v5e whose product takes as long
+# as unpacking a weight and pushing it into the matrix units.
 _MOST_TILE_ROWS = 512
+_ROWS_WORTH_READING = 48
 _STEP_BYTES = 2 * 2**20
 _MIB = 2**20
 
@@ -53,23 +55,40 @@ def choose_config(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
       Unsupported: no config fits; says why.
     """
     _check_supported(problem)
+    return _from_table(problem, chip) or by_rules(problem, chip)
+
+
+def by_rules(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
+    """The config that the rules give, whatever the table says; as `choose_config`."""
     operand = _operand(problem, chip)
     scale = _scale_time(problem, chip, operand)
     if scale == "before" and operand == "int8":
         operand = "bfloat16"
     reading = _reading(problem, chip, operand, scale)
     for bm, bn, bk in _targets(problem, chip, scale):
-        config = _fit(problem, chip, MatmulConfig(bm, bn, bk, scale, reading, operand))
+        config = fit(problem, chip, MatmulConfig(bm, bn, bk, scale, reading, operand))
         if config is not None:
             return config
     raise Unsupported(f"no blocks of {problem} fit the {chip.vmem_bytes >> 20} MiB of {chip.name}")
 
 
+def _from_table(problem: MatmulProblem, chip: Chip) -> MatmulConfig | None:
+    entry = table.find(problem, chip.name)
+    if entry is None:
+        return None
+    e = entry
+    try:
+        return fit(problem, chip, MatmulConfig(e.bm, e.bn, e.bk, e.scale, e.reading, e.operand))
+    except Unsupported:  # its blocks do not divide this product; the rules look for some that do
+        return None
+
+
 def choose_ragged_config(problem: RaggedProblem, chip: Chip) -> MatmulConfig:
     """The config for rows grouped by expert: that of a tile of rows with one expert.
 
-    Few rows are one tile. Else a tile is about twice as many rows as an expert has on average: an
-    expert's rows then lie in one or two tiles, and its weight is unpacked as often.
+    A tile is multiplied once for each expert with rows in it, about m / tile + experts times in
+    all, each as long as reading the expert's weight (worth some rows) and multiplying a tile. The
+    least of that is at the root of the rows an expert times what reading is worth.
 
     Args:
       problem: the product.
@@ -79,10 +98,9 @@ def choose_ragged_config(problem: RaggedProblem, chip: Chip) -> MatmulConfig:
       Unsupported: no config fits; says why.
     """
     p = problem.product
-    rows = p.m
-    if rows > DECODE_ROWS:
-        each = pl.next_power_of_2(pl.cdiv(p.m, problem.experts))
-        rows = min(max(2 * each, AFTER_ROWS), _MOST_TILE_ROWS, p.m)
+    worth = _ROWS_WORTH_READING * chip.macs_per_cycle // CHIPS["v5e"].macs_per_cycle
+    best = round(math.log2(math.sqrt(p.m / problem.experts * worth)))
+    rows = min(max(2**best, DECODE_ROWS), _MOST_TILE_ROWS, p.m)
     return choose_config(dataclasses.replace(p, m=rows), chip)
 
 
@@ -145,7 +163,7 @@ def _granule(problem: MatmulProblem) -> int:
 def _targets(
     problem: MatmulProblem, chip: Chip, scale: ScaleTime
 ) -> tuple[tuple[int, int, int], ...]:
-    """Blocks (bm, bn, bk) to try, best first; `_fit` cuts them to the product's size."""
+    """Blocks (bm, bn, bk) to try, best first; `fit` cuts them to the product's size."""
     if problem.m <= DECODE_ROWS:
         columns = 8 * _STEP_BYTES // STORAGE[problem.codes][1] // min(problem.k, 4096)
         columns = min(max(columns // 256 * 256, 256), 1024)
@@ -159,8 +177,12 @@ def _targets(
     return first, (512, 512, 4096), (512, 512, 1024), (256, 256, 512), (128, 128, 256)
 
 
-def _fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfig | None:
-    """The config with blocks that divide k and keep to the product's size; None if too large."""
+def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfig | None:
+    """The config with blocks that divide k and keep to the product's size; None if too large.
+
+    Raises:
+      Unsupported: k cannot be cut so.
+    """
     p = problem
     bm = min(_up(wanted.bm, 16), _up(p.m, 16))
     bn = p.n if p.n <= wanted.bn else _near_divisor(p.n, wanted.bn)

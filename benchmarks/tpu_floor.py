@@ -1,0 +1,152 @@
+"""The floor of a kernel on a chip: what its bytes, its matrix operations and its unpacking need.
+
+Called by `benchmarks.tpu_static`. The floor is the largest of four times that could all overlap:
+
+* bytes: everything moved once, over the bandwidth;
+* matrix: multiply-adds over the peak of the operand's dtype, rows counted in eights;
+* push: the weight goes into the matrix units register by register;
+* vector: `UNPACK`, an ideal sequence of vector operations written down for each storage, operand
+  and kind of chip, and the scaling of groups by the cheaper order.
+
+The sequences hold what the arithmetic needs and no loads, stores, address computations or waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.tpu.chips import Chip
+
+# A vector operation does 1024 lanes of 32 bits; four fit in an instruction on every chip (the
+# compiler's own list of slots, "VALU 4", in its dump of bundles).
+_LANES = 1024
+_VALU_SLOTS = 4
+_XLU_SLOTS = {"v4": 2, "v5e": 3, "v5p": 3, "v6e": 2, "v7x": 2}
+# bfloat16 weights pushed in a cycle; twice as many of 8 bits. A push takes a register of 2048. Up
+# to v5 it keeps its slot for four cycles (v4 has two slots, v5 four: the schedules of every kernel
+# count so); from v6 on two slots, and schedules with pushes back to back are seen.
+_PUSHED = {"v4": 1024, "v5e": 2048, "v5p": 2048, "v6e": 4096, "v7x": 4096}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpack:
+    """An ideal sequence from stored codes to operands.
+
+    Attributes:
+      sequence: in words.
+      valu: vector operations a code (on 32-bit lanes; packed ones serve several codes).
+      xlu: operations of the cross-lane unit a code.
+    """
+
+    sequence: str
+    valu: float
+    xlu: float = 0.0
+
+
+_NONE = Unpack("operands as stored", 0.0)
+_BITS4 = Unpack(
+    "a word of 8 codes: xor; 4 x (shift, and, or 128.0), the first without shift", 12 / 8
+)
+_BITS2 = Unpack("a word of 16 codes: 8 x (shift, and, or 128.0), the first without shift", 23 / 16)
+_BITS3 = Unpack(
+    "3 words of 32 codes: 16 x (2 x (shift, and), or, or 128.0), 2 fields of 2 words", 3.125
+)
+_TABLE = Unpack("a code: shift, and, look-up across lanes, half of a packing", 2.5, 1.0)
+# (codes, operand, vector arithmetic on bfloat16) -> sequence. Asked for in this order: exact, then
+# whatever the chip.
+UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
+    ("int8", "int8", None): _NONE,
+    ("int4", "int8", None): Unpack(
+        "a register of int8 from a quarter of int4: one unpacking", 0.25
+    ),
+    ("int4", "bfloat16", False): _BITS4,
+    ("int4", "bfloat16", True): Unpack(
+        "a register of bfloat16, 2 codes a lane: one unpacking", 0.5
+    ),
+    ("int8", "bfloat16", False): Unpack("a code: unpack, to float32; half of a packing", 2.5),
+    ("int8", "bfloat16", True): Unpack(
+        "a register of bfloat16, 2 codes a lane: one unpacking", 0.5
+    ),
+    ("int3", "bfloat16", None): _BITS3,
+    ("int2", "bfloat16", None): _BITS2,
+    ("table4", "bfloat16", None): _TABLE,
+    ("float8", "float8", None): _NONE,
+    ("float8", "bfloat16", False): Unpack(
+        "a code: shift, and, or an exponent, subtract it, or the sign; half of a packing", 5.5
+    ),
+    ("float8", "bfloat16", True): Unpack(
+        "a register of bfloat16, 2 codes a lane: one unpacking", 0.5
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """Microseconds that each resource needs.
+
+    Attributes:
+      times: by resource: "bytes", "matrix", "push", "vector".
+    """
+
+    times: dict[str, float]
+
+    @property
+    def microseconds(self) -> float:
+        """The largest."""
+        return max(self.times.values())
+
+    @property
+    def bound(self) -> str:
+        """Which it is."""
+        return max(self.times, key=lambda name: self.times[name])
+
+
+def floor(problem: MatmulProblem, operand: str, chip: Chip) -> Floor:
+    """The floor of a product.
+
+    Args:
+      problem: the product.
+      operand: dtype name in which the matrix units multiply.
+      chip: where.
+
+    Returns:
+      Times of all its cores together.
+    """
+    p = problem
+    size, weights = 1 if "8" in operand else 2, p.k * p.n
+    rows = math.ceil(p.m / 8) * 8
+    fast = 2 if operand == "int8" or (chip.name == "v7x" and operand.startswith("float8")) else 1
+    way = unpack(p.codes, operand, chip)
+    valu = weights * way.valu + _scaling(p, chip)
+    cycles = {
+        "matrix": rows * weights / (chip.macs_per_cycle * fast),
+        "push": weights / (_PUSHED[chip.name] * 2 / size),
+        "vector": max(
+            valu / (_LANES * _VALU_SLOTS), weights * way.xlu / (_LANES * _XLU_SLOTS[chip.name])
+        ),
+    }
+    times = {name: c / chip.cores / chip.clock * 1e6 for name, c in cycles.items()}
+    times["bytes"] = p.least_bytes / (chip.hbm_bandwidth * chip.cores) * 1e6
+    return Floor(times)
+
+
+def unpack(codes: str, operand: str, chip: Chip) -> Unpack:
+    """The written sequence of a storage, operand and chip."""
+    key = ("float8" if codes.startswith("float8") else codes,)
+    key += ("float8" if operand.startswith("float8") else operand,)
+    found = UNPACK.get((*key, chip.has_bf16_vpu)) or UNPACK.get((*key, None))
+    if found is None:
+        raise KeyError(f"no sequence is written for {codes} as {operand}")
+    return found
+
+
+def _scaling(problem: MatmulProblem, chip: Chip) -> float:
+    """Lane operations of group scales: two a partial sum, or one a weight (a pair in bfloat16)."""
+    if problem.groups == 1:
+        return 0.0
+    rows = math.ceil(problem.m / 8) * 8
+    after = 2 * rows * problem.n * problem.groups
+    before = problem.k * problem.n * (0.5 if chip.has_bf16_vpu else 1.0)
+    return min(after, before)

@@ -1,0 +1,169 @@
+"""Which program stands for a product in the static figures, and how its time is read.
+
+Called by `benchmarks.tpu_static`. A program is compiled at the product's own size, unless the
+estimator would need gigabytes and minutes for it (both grow with the cycles it counts): then one of
+fewer rows or columns, of whole blocks, stands for it, its time is multiplied, and the row says so.
+Up to 16 rows, our kernels are one program: blocks have 16 rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from benchmarks import tpu_peers
+from benchmarks.tpu_aot import Job, Static
+from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.tpu.chips import Chip
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.heuristics import choose_config
+
+_INT8 = {"x_dtype": "int8", "x_scale": True}
+# What each column is: fields of a problem. v7x multiplies fp8, not int8.
+FORMATS: dict[str, dict[str, Any]] = {
+    "w8a8": {"codes": "int8", **_INT8},
+    "w8a16 g128": {"codes": "int8", "group": 128},
+    "w4a16 g128": {"codes": "int4", "group": 128},
+    "w4a16 g32": {"codes": "int4", "group": 32},
+    "w4a8 g128": {"codes": "int4", "group": 128, **_INT8},
+    "w3a16 g128": {"codes": "int3", "group": 128},
+    "w2a16 g128": {"codes": "int2", "group": 128},
+    "fp8": {"codes": "float8_e4m3fn", "x_dtype": "float8_e4m3fn", "x_scale": True},
+    "table4 g64": {"codes": "table4", "group": 64},
+}
+BASELINES = ("bf16", "xla int4 g128")
+# Multiply-adds of the largest program that is compiled as it is, in cycles of the matrix units.
+_MOST_CYCLES = 270_000
+_MOST_ROWS = 1024
+_COLUMNS = (4096, 2048)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program and what it stands for.
+
+    Attributes:
+      label: a key of `FORMATS`, `PEERS`, or one of `BASELINES`.
+      problem: the product it stands for.
+      config: of our kernel, else None.
+      job: what is compiled; its name is the program's identity.
+      times: by how much its time is multiplied.
+    """
+
+    label: str
+    problem: MatmulProblem
+    config: MatmulConfig | None
+    job: Job
+    times: float
+
+
+def program(chip: Chip, label: str, m: int, k: int, n: int) -> Program:
+    """The program of a label at a size.
+
+    Raises:
+      Unsupported: no kernel of ours does it on this chip.
+    """
+    rows, columns = _size(chip, label, m, k, n)
+    times = max(m / rows, 1) * n / columns
+    size: dict[str, Any] = {"m": rows, "k": k, "n": columns}
+    if label in FORMATS:
+        problem = MatmulProblem(m, k, n, **FORMATS[label])
+        config = choose_config(problem, chip)
+        small = dataclasses.replace(problem, m=rows, n=columns)
+        arguments = {"problem": dataclasses.asdict(small), "config": dataclasses.asdict(config)}
+        arguments["chip"] = chip.name
+        c = config
+        name = (
+            f"{label}|{rows}x{k}x{columns}|{c.bm}x{c.bk}x{c.bn} {c.scale} {c.reading} {c.operand}"
+        )
+        return Program(
+            label, problem, config, Job(name, "benchmarks.tpu_cases:chosen", arguments), times
+        )
+    maker, fields = "benchmarks.tpu_cases:bfloat16", {}
+    problem = MatmulProblem(m, k, n, "int8")
+    if label == "xla int4 g128":
+        maker = "benchmarks.tpu_cases:xla"
+        fields = {"codes": "int4", "group": 128, "x_dtype": "bfloat16"}
+        problem = MatmulProblem(m, k, n, "int4", group=128)
+    elif label in tpu_peers.PEERS:
+        function, fields, same = tpu_peers.PEERS[label]
+        maker, problem = f"benchmarks.tpu_peers:{function}", MatmulProblem(m, k, n, **FORMATS[same])
+    job = Job(f"{label}|{rows}x{k}x{columns}", maker, size | fields)
+    return Program(label, problem, None, job, times)
+
+
+def _size(chip: Chip, label: str, m: int, k: int, n: int) -> tuple[int, int]:
+    rows = min(m, _MOST_ROWS)
+    if label in FORMATS:
+        rows = max(rows, 16)
+
+    def cycles(columns: int) -> float:
+        return rows * k * columns / (chip.macs_per_cycle * chip.cores)
+
+    fitting = [c for c in (n, *_COLUMNS) if c <= n and cycles(c) <= _MOST_CYCLES]
+    return rows, fitting[0] if fitting else min(n, _COLUMNS[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """How long a program takes by the compiler's account.
+
+    Attributes:
+      microseconds: None if it does not compile.
+      bound: what bounds it: "memory" or a unit.
+      at_least: the time is a lower bound, from schedules, bytes and multiply-adds.
+      model: microseconds by XLA's cost model, where that is all the compiler says; else None.
+    """
+
+    microseconds: float | None
+    bound: str
+    at_least: bool = False
+    model: float | None = None
+
+
+def time_of(chip: Chip, item: Program, static: Static) -> Time:
+    """Reads the time of a program's product out of what the compiler said."""
+    if static.error:
+        return Time(None, static.error.splitlines()[0][:80])
+    memory = moved(item) / (chip.hbm_bandwidth * chip.cores) * 1e6
+    unit = max(static.units, key=lambda name: static.units[name], default="")
+    if item.label.startswith("tokamax"):
+        return Time(_pipeline(chip, item, static, memory), unit, at_least=True)
+    if static.cycles is not None:
+        compute = static.cycles * item.times / chip.clock * 1e6
+        return Time(max(compute, memory), unit if compute > memory else "memory")
+    p, rate = item.problem, chip.clock * chip.cores / 1e6
+    macs = p.m * p.k * p.n / chip.macs_per_cycle / rate
+    bandwidth = chip.hbm_bandwidth * chip.cores / 1e6
+    one_by_one = item.times * sum(
+        max(op["bundles"] * op["steps"] / rate, op["bytes"] / bandwidth) for op in static.sequence
+    )
+    model = item.times * sum(op["cycles"] for op in static.sequence) / chip.clock * 1e6
+    least = {"memory": memory, "MATMUL": macs, unit: one_by_one}
+    bound = max(least, key=lambda name: least[name])
+    return Time(least[bound], bound, at_least=True, model=model or None)
+
+
+def moved(item: Program) -> int:
+    """Bytes that the product must move once."""
+    p = item.problem
+    if item.label == "bf16":
+        return 2 * (p.m * p.k + p.k * p.n + p.m * p.n)
+    return p.least_bytes
+
+
+def _pipeline(chip: Chip, item: Program, static: Static, memory: float) -> float:
+    """The time of tokamax's kernel: its grid is dynamic, so the profile sees no loop.
+
+    What two buffers allow at best: a block arrives, then each step computes while the next block
+    comes, and the last one only computes. Blocks are in the kernel's name.
+    """
+    tiles = re.search(r"tm_(\d+)-tk_(\d+)-tn_(\d+)", " ".join(op["name"] for op in static.sequence))
+    if tiles is None:
+        return memory
+    p, (tm, tk, tn) = item.problem, map(int, tiles.groups())
+    steps = math.ceil(p.m / tm) * math.ceil(p.k / tk) * math.ceil(p.n / tn)
+    step = static.bundles / chip.clock / chip.cores * 1e6
+    return memory / steps + (steps - 1) * max(step, memory / steps) + step
