@@ -1,9 +1,10 @@
 """Which program stands for a product in the static figures, and how its time is read.
 
-Called by `benchmarks.tpu_static`. A program is compiled at the product's own size, unless the
-estimator would need gigabytes and minutes for it (both grow with the cycles it counts): then one of
-fewer rows or columns, of whole blocks, stands for it, its time is multiplied, and the row says so.
-Up to 16 rows, our kernels are one program: blocks have 16 rows.
+Called by `benchmarks.tpu_static`. Our kernels of up to 64 rows are compiled at the product's own
+size. The estimator needs gigabytes and minutes for the largest products, and both grow with the
+cycles it counts; so for more rows, and for others' programs, one of fewer columns or rows, of whole
+blocks, stands for the product, its time is multiplied, and the row says so. Up to 16 rows, our
+kernels are one program, since blocks have 16 rows; so is bfloat16 (bytes bound it) from 2 to 16.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ FORMATS: dict[str, dict[str, Any]] = {
 BASELINES = ("bf16", "xla int4 g128")
 # Multiply-adds of the largest program that is compiled as it is, in cycles of the matrix units.
 _MOST_CYCLES = 270_000
-_MOST_ROWS = 1024
-_COLUMNS = (4096, 2048)
+_MOST_ROWS, _FEW_ROWS, _LEAST_ROWS = 1024, 64, 16
+_COLUMNS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +96,19 @@ def program(chip: Chip, label: str, m: int, k: int, n: int) -> Program:
 
 
 def _size(chip: Chip, label: str, m: int, k: int, n: int) -> tuple[int, int]:
-    rows = min(m, _MOST_ROWS)
-    if label in FORMATS:
-        rows = max(rows, 16)
+    """Rows and columns of the program that stands for a product."""
+    rows, columns = min(m, _MOST_ROWS), n
+    if label in FORMATS or (label == "bf16" and m > 1):
+        rows = max(rows, _LEAST_ROWS)
+    if label not in FORMATS or m > _FEW_ROWS:
+        columns = min(columns, _COLUMNS)
+    while columns > _COLUMNS // 2 and _cycles(chip, rows, k, columns) > _MOST_CYCLES:
+        columns = min(columns // 2, _COLUMNS)
+    return rows, columns
 
-    def cycles(columns: int) -> float:
-        return rows * k * columns / (chip.macs_per_cycle * chip.cores)
 
-    fitting = [c for c in (n, *_COLUMNS) if c <= n and cycles(c) <= _MOST_CYCLES]
-    return rows, fitting[0] if fitting else min(n, _COLUMNS[-1])
+def _cycles(chip: Chip, rows: int, k: int, columns: int) -> float:
+    return rows * k * columns / (chip.macs_per_cycle * chip.cores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +117,8 @@ class Time:
 
     Attributes:
       microseconds: None if it does not compile.
-      bound: what bounds it: "memory" or a unit.
+      bound: what bounds it: "memory", a unit, or "waiting for blocks": neither would take as long,
+        but the first block comes before any work, and each step waits for its own.
       at_least: the time is a lower bound, from schedules, bytes and multiply-adds.
       model: microseconds by XLA's cost model, where that is all the compiler says; else None.
     """
@@ -133,6 +139,8 @@ def time_of(chip: Chip, item: Program, static: Static) -> Time:
         return Time(_pipeline(chip, item, static, memory), unit, at_least=True)
     if static.cycles is not None:
         compute = static.cycles * item.times / chip.clock * 1e6
+        if compute > memory and item.config is not None and _busy(chip, item, static) < memory:
+            return Time(compute, "waiting for blocks")
         return Time(max(compute, memory), unit if compute > memory else "memory")
     p, rate = item.problem, chip.clock * chip.cores / 1e6
     macs = p.m * p.k * p.n / chip.macs_per_cycle / rate
@@ -144,6 +152,14 @@ def time_of(chip: Chip, item: Program, static: Static) -> Time:
     least = {"memory": memory, "MATMUL": macs, unit: one_by_one}
     bound = max(least, key=lambda name: least[name])
     return Time(least[bound], bound, at_least=True, model=model or None)
+
+
+def _busy(chip: Chip, item: Program, static: Static) -> float:
+    """Microseconds of instructions of our kernel, if they never waited."""
+    p, c = item.problem, item.config
+    assert c is not None
+    steps = math.ceil(p.m / c.bm) * math.ceil(p.n / c.bn) * (p.k // c.bk)
+    return static.bundles * steps / chip.clock / chip.cores * 1e6
 
 
 def moved(item: Program) -> int:

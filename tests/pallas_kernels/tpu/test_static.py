@@ -1,0 +1,116 @@
+"""How the static figures are read: programs that stand for larger ones, floors, lower bounds."""
+
+import json
+
+import pytest
+
+from benchmarks import tpu_floor, tpu_schedule
+from benchmarks.tpu_aot import Static
+from benchmarks.tpu_programs import FORMATS, program, time_of
+from benchmarks.tpu_static import lines
+from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.tpu.chips import CHIPS
+from jaxquant.pallas_kernels.tpu.heuristics import choose_config
+
+V5E = CHIPS["v5e"]
+HLO = """HloModule jit_fn
+
+%inside (p: s4[64,128]) -> bf16[64,128] {
+  ROOT %convert = bf16[64,128]{1,0} convert(%p)
+}
+
+ENTRY %main (x: bf16[16,64], w: s4[64,128]) -> bf16[16,128] {
+  %x = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = s4[64,128]{1,0:T(64,128)(8,1)E(4)} parameter(1)
+  %fusion = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w), kind=kLoop, calls=%inside, \
+backend_config={"window_config":{"estimated_cycles":"70","iteration_bounds":["2","4"]}}
+  ROOT %dot = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%fusion, %x), kind=kOutput, \
+backend_config={"window_config":{"estimated_cycles":"50","iteration_bounds":["3"]}}
+}
+"""
+
+
+def test_operations_of_a_program():
+    """VMEM, S(1), costs no bandwidth; int4 takes half a byte."""
+    assert tpu_schedule.operations(HLO) == [
+        tpu_schedule.Operation("fusion", 70, 8, 64 * 128 // 2),
+        tpu_schedule.Operation("dot", 50, 3, 2 * 16 * 128 + 2 * 16 * 64),
+    ]
+    assert tpu_schedule.operations("HloModule empty") == []
+
+
+def test_a_schedule_is_read(tmp_path):
+    name = "17-my-fusion.1-01-final_hlo-static-per-bundle-utilization.txt"
+    table = "MATMUL, VALU, VLOAD:FILL, VSTORE:SPILL\n 2 4 3 1\n== UTILIZATION:\n1 4 2 1\n0 2 0 0\n"
+    (tmp_path / name).write_text("== CAPACITY:\n" + table)
+    (tmp_path / name.replace("my-fusion.1", "<late-finalization>")).write_text("")
+    assert tpu_schedule.schedules(str(tmp_path)) == {
+        "my-fusion.1": tpu_schedule.Schedule(
+            2, {"MATMUL": 0.5, "VALU": 1.5}, {"MATMUL": 2, "VALU": 4}, 3
+        )
+    }
+
+
+def test_programs_stand_for_larger_ones():
+    few = program(V5E, "w4a16 g128", 1, 8192, 28672)
+    same = program(V5E, "w4a16 g128", 16, 8192, 28672)
+    assert few.times == 1 and few.job.name == same.job.name
+    many = program(V5E, "w4a16 g128", 4096, 8192, 28672)
+    assert many.times == 4 * 28672 / 2048 and "1024x8192x2048" in many.job.name
+    assert many.config.bn <= 2048 and 2048 % many.config.bn == 0
+    assert many.problem.m == 4096
+
+
+def test_time_without_an_estimate_is_a_lower_bound():
+    item = program(V5E, "xla int4 g128", 16, 4096, 4096)
+    slow = {"name": "fusion", "bundles": 1000, "steps": 100, "bytes": 0, "cycles": 300_000}
+    static = Static("", "v5e", sequence=[slow, slow | {"bundles": 0, "bytes": 819_000_000}])
+    time = time_of(V5E, item, static)
+    assert time.at_least
+    assert time.microseconds == pytest.approx(100_000 / V5E.clock * 1e6 + 1000)
+    assert time.model == pytest.approx(600_000 / V5E.clock * 1e6)
+    memory = time_of(V5E, item, Static("", "v5e"))
+    assert memory.microseconds == pytest.approx(item.problem.least_bytes / V5E.hbm_bandwidth * 1e6)
+    assert time_of(V5E, item, Static("", "v5e", error="no\nway")).microseconds is None
+
+
+def test_what_bounds_our_time():
+    item = program(V5E, "w4a16 g128", 16, 4096, 4096)
+    units = {"VALU": 90.0, "MATMUL": 10.0}
+    memory = item.problem.least_bytes / V5E.hbm_bandwidth * V5E.clock
+    for cycles, bundles, bound in (
+        (memory / 2, 10, "memory"),
+        (memory * 2, 10, "waiting for blocks"),
+        (memory * 2, memory, "VALU"),
+    ):
+        static = Static("", "v5e", cycles=int(cycles), bundles=int(bundles), units=units)
+        time = time_of(V5E, item, static)
+        assert (time.bound, time.at_least) == (bound, False)
+        assert time.microseconds == pytest.approx(max(cycles, memory) / V5E.clock * 1e6, rel=1e-4)
+
+
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+def test_every_format_has_a_floor(chip):
+    for label, fields in FORMATS.items():
+        problem = MatmulProblem(1024, 4096, 4096, **fields)
+        floor = tpu_floor.floor(problem, choose_config(problem, CHIPS[chip]).operand, CHIPS[chip])
+        assert floor.times[floor.bound] == floor.microseconds > 0, label
+        macs = 1024 * 4096 * 4096 / CHIPS[chip].bf16_flops * 2e6 / CHIPS[chip].cores
+        assert macs / 2.01 < floor.times["matrix"] < macs * 1.01, label
+    with pytest.raises(KeyError, match="no sequence"):
+        tpu_floor.unpack("int3", "int8", CHIPS[chip])
+
+
+def test_the_vector_floor_by_hand():
+    """v5e, int4 to bfloat16: 12 operations on a word of 8 codes, and 2 a partial sum."""
+    problem = MatmulProblem(16, 1024, 1024, "int4", group=128)
+    operations = 1024 * 1024 / 8 * 12 + 2 * 16 * 1024 * 8
+    times = tpu_floor.floor(problem, "bfloat16", V5E).times
+    assert times["vector"] == pytest.approx(operations / 1024 / 4 / V5E.clock * 1e6)
+    assert times["bytes"] == pytest.approx(problem.least_bytes / 819e9 * 1e6)
+
+
+def test_lines_are_json():
+    record = {"a": 1, "b": [{"c": 2}, {"c": 3}], "d": {"e": [4], "f": None}, "g": [], "h": {}}
+    assert json.loads(lines(record)) == record
+    assert lines(record).count("\n") > 8
