@@ -48,16 +48,19 @@ def rotation(weight_bytes: int) -> int:
     return max(2, min(_MOST_CALLS, -(-ROTATION_BYTES // max(weight_bytes, 1))))
 
 
-def program(fn: Callable[..., jax.Array]) -> Callable[[Sequence[Any]], jax.Array]:
-    """Calls `fn` on each set of arguments in turn: no call starts before the last one is done."""
+def program(fn: Callable[..., jax.Array]) -> Callable[[Sequence[Any]], list[jax.Array]]:
+    """Calls `fn` on each set of arguments in turn: no call starts before the last one is done.
+
+    All results are returned, or XLA would not compute them.
+    """
     once = jax.jit(fn)  # one body in the program, however often it is called
 
-    def run(sets: Sequence[Any]) -> jax.Array:
-        out = once(*sets[0])
+    def run(sets: Sequence[Any]) -> list[jax.Array]:
+        outs = [once(*sets[0])]
         for arguments in sets[1:]:
-            arguments, _ = lax.optimization_barrier((arguments, out))
-            out = once(*arguments)
-        return out
+            arguments, outs[-1] = lax.optimization_barrier((arguments, outs[-1]))
+            outs.append(once(*arguments))
+        return outs
 
     return run
 
