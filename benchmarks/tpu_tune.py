@@ -30,11 +30,9 @@ from jaxquant.pallas_kernels.tpu.heuristics import DECODE_ROWS, by_rules, fit
 TABLES = Path(__file__).parent.parent / "pallas_kernels" / "tpu" / "tables"
 MARGIN = 0.03
 _DEPTH = 4096  # the search is done at this k
-# One scale a column goes to XLA's own dot; what is searched has groups.
-SEARCHED = ("w8a16 g128", "w4a16 g128", "w4a8 g128", "w2a16 g128", "w3a16 g128", "w4a16 g32")
 _BLOCKS = {
     "few": ((0,), (256, 512, 1024, 2048), (2048, 4096)),  # bm = 0: all rows
-    "many": ((512, 1024), (512, 1024, 2048), (2048, 4096)),
+    "many": ((256, 512, 1024), (512, 1024, 2048), (2048, 4096)),
 }
 
 
@@ -43,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     chips = [name for name in CHIPS if name != "v4"]
     parser.add_argument("--chips", nargs="+", default=chips, choices=chips)
-    parser.add_argument("--formats", nargs="+", default=list(SEARCHED), choices=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 1024], choices=table.ROWS)
     parser.add_argument("--columns", nargs="+", type=int, default=[4096], choices=table.COLUMNS)
     arguments = parser.parse_args()
@@ -84,7 +82,7 @@ def _search(chip: Chip, label: str, rows: int, columns: int) -> None:
         return
     print(f"  rules: {configs[0]} {rules * 1e6:.2f} us", flush=True)
     found = configs[times.index(best)] if rules / best > 1 + MARGIN else None
-    _write(chip, problem, rows, columns, found, rules / best)
+    _write(chip, table.key_of(problem), found, rules / best)
 
 
 def candidates(problem: MatmulProblem, chip: Chip) -> Iterator[MatmulConfig]:
@@ -93,7 +91,7 @@ def candidates(problem: MatmulProblem, chip: Chip) -> Iterator[MatmulConfig]:
     seen = {rules}
     yield rules
     sizes = _BLOCKS["few" if problem.m <= DECODE_ROWS else "many"]
-    for order in _orders(problem, chip, rules.reading):
+    for order in _orders(problem, chip, rules):
         for bm, bn, bk in itertools.product(*sizes):
             try:
                 config = fit(problem, chip, MatmulConfig(bm or problem.m, bn, bk, *order))
@@ -105,31 +103,31 @@ def candidates(problem: MatmulProblem, chip: Chip) -> Iterator[MatmulConfig]:
 
 
 def _orders(
-    problem: MatmulProblem, chip: Chip, reading: Reading
+    problem: MatmulProblem, chip: Chip, rules: MatmulConfig
 ) -> Iterator[tuple[ScaleTime, Reading, str]]:
     """Scale, reading and operand. Float sums are scaled after the dot for few rows only."""
+    if rules.scale == "end":
+        yield "end", rules.reading, rules.operand
+        return
     if problem.x_dtype == "int8" and "int8" in chip.mxu_dtypes:
         yield "after", "cast", "int8"
         if problem.m <= DECODE_ROWS:
             return
     scale: ScaleTime = "after" if problem.m <= DECODE_ROWS else "before"
-    yield scale, reading, "bfloat16"
+    yield scale, rules.reading, "bfloat16"
     if problem.codes == "int4":
-        yield scale, "cast" if reading == "bits" else "bits", "bfloat16"
+        yield scale, "cast" if rules.reading == "bits" else "bits", "bfloat16"
 
 
 def _write(
     chip: Chip,
-    problem: MatmulProblem,
-    rows: int,
-    columns: int,
+    key: table.Key,
     config: MatmulConfig | None,
     gain: float,
 ) -> None:
     """Puts an entry into the chip's table in its place, or takes it out."""
     path = TABLES / f"{chip.name}.json"
     entries = table.parse(path.read_text(), path.name) if path.exists() else {}
-    key = (problem.codes, problem.x_dtype, problem.group, rows, columns)
     entries.pop(key, None)
     if config is not None:
         blocks: dict[str, Any] = {

@@ -22,6 +22,8 @@ from jaxquant.pallas_kernels.tpu.config import Reading, ScaleTime
 ROWS = (16, 64, 256, 1024)
 COLUMNS = (4096, 14336)
 
+Key = tuple[str, str, int, int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -30,7 +32,7 @@ class Entry:
     Attributes:
       codes: key of `STORAGE`.
       x_dtype: dtype name of x as the kernel gets it.
-      group: contracted values that share a scale.
+      group: contracted values that share a scale; 0 for a scale a column.
       rows: of `ROWS`.
       columns: of `COLUMNS`.
       bm, bn, bk, scale, reading, operand: as in `MatmulConfig`.
@@ -51,16 +53,21 @@ class Entry:
     gain: float
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
+    def key(self) -> Key:
         """What it is for."""
         return self.codes, self.x_dtype, self.group, self.rows, self.columns
 
 
 def find(problem: MatmulProblem, chip: str) -> Entry | None:
     """The entry for a product on a chip, if the search found one better than the rules."""
+    return load(chip).get(key_of(problem))
+
+
+def key_of(problem: MatmulProblem) -> Key:
+    """Which entry is for a product."""
     p = problem
-    rows, columns = bucket(p.m, ROWS), bucket(p.n, COLUMNS)
-    return load(chip).get((p.codes, p.x_dtype, p.group, rows, columns))
+    group = 0 if p.groups == 1 else p.group
+    return p.codes, p.x_dtype, group, bucket(p.m, ROWS), bucket(p.n, COLUMNS)
 
 
 def bucket(size: int, sizes: tuple[int, ...]) -> int:
@@ -69,7 +76,7 @@ def bucket(size: int, sizes: tuple[int, ...]) -> int:
 
 
 @functools.cache
-def load(chip: str) -> dict[tuple[str, str, int, int, int], Entry]:
+def load(chip: str) -> dict[Key, Entry]:
     """A chip's table by key; empty if there is none.
 
     Raises:
@@ -79,13 +86,13 @@ def load(chip: str) -> dict[tuple[str, str, int, int, int], Entry]:
     return parse(file.read_text(), file.name) if file.is_file() else {}
 
 
-def parse(text: str, name: str) -> dict[tuple[str, str, int, int, int], Entry]:
+def parse(text: str, name: str) -> dict[Key, Entry]:
     """The entries of a table's text by key.
 
     Raises:
       ValueError: as for `load`.
     """
-    entries: dict[tuple[str, str, int, int, int], Entry] = {}
+    entries: dict[Key, Entry] = {}
     for number, fields in enumerate(json.loads(text)["entries"]):
         where = f"{name}, entry {number}"
         entry = _checked(fields, where)
@@ -111,6 +118,6 @@ def _checked(fields: dict[str, Any], where: str) -> Entry:
             raise ValueError(f"{where}: {name} is one of {values}, not {fields[name]!r}")
     for name, multiple in (("bm", 16), ("bn", 128), ("bk", 128), ("group", 32)):
         size = fields[name]
-        if not isinstance(size, int) or size <= 0 or size % multiple:
+        if not isinstance(size, int) or size < (name != "group") or size % multiple:
             raise ValueError(f"{where}: {name} is a multiple of {multiple}, not {size!r}")
     return Entry(**fields)

@@ -80,6 +80,8 @@ def test_blocks_that_do_not_divide_k_are_left_to_the_rules(monkeypatch):
         ({"bm": 8}, "bm is a multiple of 16"),
         ({"bn": 100.0}, "bn is a multiple of 128"),
         ({"bk": -128}, "bk is a multiple of 128"),
+        ({"bk": 0}, "bk is a multiple of 128"),
+        ({"group": -32}, "group is a multiple of 32"),
         ({"surprise": 1}, "surprise"),
     ],
 )
