@@ -35,17 +35,19 @@ class Platform:
       select: `(problem, device_kind, forced) -> Kernel`; raises `Unsupported` with the reason.
       chips: what its devices are called.
       k_last: its kernels take weights stored as [n, k] as well.
+      float32: why float32 products are left to XLA unless a kernel is forced; "" if they are not.
     """
 
     select: Callable[[MatmulProblem, str, bool], Kernel]
     chips: str
     k_last: bool = False
+    float32: str = ""
 
 
 # By the names that JAX lowers for.
 PLATFORMS: dict[str, Platform] = {
     "tpu": Platform(select_tpu, "TPU"),
-    "cuda": Platform(select_cuda, "GPU", k_last=True),
+    "cuda": Platform(select_cuda, "GPU", True, "XLA multiplies it in TF32, kernels in bfloat16"),
 }
 
 
@@ -127,6 +129,9 @@ def choose(
         parts = _partition(place, x_shape, weight, axes, act)
         if parts is not None:
             x_shape, weight = parts.x_shape, parts.weight
+        if implementation is None and act is None and jnp.dtype(x_dtype) == jnp.float32:
+            if platform.float32:
+                raise Unsupported(f"x is float32: {platform.float32}")
         problem = flatten(x_shape, x_dtype, weight, axes, act, out_dtype, k_last=platform.k_last)
         kernel = platform.select(problem, device_kind, implementation is not None)
     except Unsupported as why:
