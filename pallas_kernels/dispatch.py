@@ -129,9 +129,9 @@ def choose(
         parts = _partition(place, x_shape, weight, axes, act)
         if parts is not None:
             x_shape, weight = parts.x_shape, parts.weight
-        if implementation is None and act is None and jnp.dtype(x_dtype) == jnp.float32:
-            if platform.float32:
-                raise Unsupported(f"x is float32: {platform.float32}")
+        as_it_is = act is None and jnp.dtype(x_dtype) == jnp.float32
+        if as_it_is and platform.float32 and implementation is None:
+            raise Unsupported(f"x is float32: {platform.float32}")
         problem = flatten(x_shape, x_dtype, weight, axes, act, out_dtype, k_last=platform.k_last)
         kernel = platform.select(problem, device_kind, implementation is not None)
     except Unsupported as why:
