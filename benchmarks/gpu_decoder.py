@@ -67,37 +67,45 @@ def random_tree(shapes: Any) -> Any:
     return jax.tree.map(fill, shapes)
 
 
-def build(config: DecoderConfig, recipe: str, platform: str) -> tuple[Any, Any]:
-    """The model and its variables in the recipe's form, laid out for the platform."""
+def abstract(config: DecoderConfig, recipe: str, device: Any) -> tuple[Any, Any]:
+    """The model, and the shapes of its variables in the recipe's form, laid out for CUDA."""
     model: Any = linen.Decoder(config)
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
     if recipe != "bf16":
         model = jq.quantize(recipe)(model)
         shapes = jq.ptq(model, shapes, tokens, progress=False)
-    here = SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-    return model, random_tree(jq.prepare(shapes, platform))
+    return model, jq.prepare(placed(shapes, device), "cuda")
+
+
+def placed(shapes: Any, device: Any) -> Any:
+    """The same shapes on a device."""
+    here = SingleDeviceSharding(device)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+
+
+def steps_of(model: Any) -> tuple[Any, Any]:
+    """`first(variables, token, at) -> cache` and `step(variables, cache, token, at)`, jitted."""
+
+    def first(variables: Any, token: jax.Array, at: jax.Array) -> Any:
+        return linen_step(model, variables)(None, token, at)[1]
+
+    def step(variables: Any, cache: Any, token: jax.Array, at: jax.Array) -> Any:
+        logits, cache = linen_step(model, variables)(cache, token, at)
+        return cache, jnp.argmax(logits, -1).astype(jnp.int32), at + 1
+
+    return jax.jit(first), jax.jit(step, donate_argnums=1)
 
 
 def decode(recipe: str, batch: int, layers: str, dry_run: bool) -> dict[str, Any]:
     """Times decode steps; with `dry_run` runs two small ones."""
     require_gpu(dry_run, "gpu_decoder")
     config = (SMALL if dry_run else CONFIG).replace(scan_layers=layers == "stacked")
-    model, variables = build(config, recipe, "cuda")
-    token = jnp.zeros((batch, 1), jnp.int32)
-    at = jnp.zeros((batch, 1), jnp.int32)
-
-    @jax.jit
-    def first(variables: Any, token: jax.Array) -> Any:
-        return linen_step(model, variables)(None, token, at)[1]
-
-    def one(variables: Any, cache: Any, token: jax.Array, at: jax.Array) -> Any:
-        logits, cache = linen_step(model, variables)(cache, token, at)
-        return cache, jnp.argmax(logits, -1).astype(jnp.int32), at + 1
-
-    cache, at = first(variables, token), at + 1
-    step = jax.jit(one, donate_argnums=1)
+    model, shapes = abstract(config, recipe, jax.devices()[0])
+    variables = random_tree(shapes)
+    token = at = jnp.zeros((batch, 1), jnp.int32)
+    first, step = steps_of(model)
+    cache, at = first(variables, token, at), at + 1
     step = step.lower(variables, cache, token, at).compile()
     found = {"recipe": recipe, "batch": batch, "layers": layers}
     seconds = []
