@@ -82,13 +82,10 @@ def main() -> None:
     ]
     record = {"command": "python -m benchmarks.gpu_memory", "jax": jax.__version__, "steps": found}
     (RESULTS / "gpu-memory.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = [
-        __doc__.splitlines()[0],
-        "",
-        f"`python -m benchmarks.gpu_memory`, jax {jax.__version__}",
-    ]
-    (RESULTS / "gpu-memory.md").write_text("\n".join([*text, "", *table(lines(found)), ""]))
-    print("\n".join(table(lines(found))))
+    shown = table(lines(found))
+    head = [f"# {__doc__.splitlines()[0]}", "", f"`{record['command']}`, jax {jax.__version__}", ""]
+    (RESULTS / "gpu-memory.md").write_text("\n".join([*head, *shown, ""]))
+    print("\n".join(shown))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,9 @@ def test_gains_shares_and_verdicts():
     assert lines["w4a16 g128, M <= 16, large"].endswith("| 4.00x, 80% | reached |")
     assert lines["w4a16 g128, M = 64, large"].endswith("| 2.00x | MISSED |")
     assert lines["nf4 g64, M <= 16"].endswith("| not measured | not measured |")
-    assert lines["decode step of 8B, batch 1, w4a16_g128"].endswith("| 2.90x, 0.300x | reached |")
+    step = "decode step of 8B, batch 1, w4a16_g128, layers "
+    assert lines[step + "stacked"].endswith("| 2.90x, 0.300x | reached |")
+    assert lines[step + "apart"].endswith("| not measured | not measured |")
     assert "Laying out a weight: 2 GB/s" in text and "0.12 TB/s / 0.12 TB/s" in text
     assert "| a | nf4 | 1 x 2 | 3 | 7.00 |" in text
 
