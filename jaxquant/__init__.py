@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxquant.frontends.decorator import quantize as quantize
     from jaxquant.frontends.dequantize import dequantize as dequantize
     from jaxquant.frontends.function import transform as transform
+    from jaxquant.frontends.with_shardings import with_shardings as with_shardings
     from jaxquant.io.manifest import CheckpointError as CheckpointError
     from jaxquant.io.orbax import inspect as inspect
     from jaxquant.io.orbax import restore as restore
@@ -76,6 +77,7 @@ _EXPORTS = {
     "quantize": "jaxquant.frontends.decorator",
     "dequantize": "jaxquant.frontends.dequantize",
     "transform": "jaxquant.frontends.function",
+    "with_shardings": "jaxquant.frontends.with_shardings",
     "CheckpointError": "jaxquant.io.manifest",
     "inspect": "jaxquant.io.orbax",
     "restore": "jaxquant.io.orbax",

@@ -105,9 +105,7 @@ def _abstract_eval(
     del implementation  # of no influence on types
     if params["act"] is not None and not params["x_quantized"]:
         raise TypeError("quantized_dots with act needs the codes and scale of x as operands")
-    return product_avals(
-        args, functools.partial(jax.tree.unflatten, tree), out_shardings, **params
-    )
+    return product_avals(args, functools.partial(jax.tree.unflatten, tree), out_shardings, **params)
 
 
 def _lower(ctx: Any, *args: Any, platform: str, **params: Any) -> Any:
