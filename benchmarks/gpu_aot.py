@@ -66,6 +66,9 @@ class Kernel:
     Attributes:
       registers: a thread's.
       spills: bytes of spill stores and loads.
+      complaints: ptxas' codes of "potential performance loss", such as C7512 for wgmma that wait
+        for each other. C7504 (setmaxnreg is ignored) is left out: jaxlib links kernels, so all
+        warpgroups get an equal share of the registers.
       stack: bytes of stack frame.
       shared: bytes of shared memory a block, dynamic and static.
       mma: tensor core instructions in the PTX by their shape and types.
@@ -74,6 +77,7 @@ class Kernel:
 
     registers: int = 0
     spills: int = 0
+    complaints: list[str] = dataclasses.field(default_factory=list)
     stack: int = 0
     shared: int = 0
     mma: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -229,6 +233,7 @@ def _read_kernel(stem: str) -> Kernel:
     return Kernel(
         registers=_largest(r"Used (\d+) registers", report),
         spills=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        complaints=sorted(set(re.findall(r"\((C75\d\d)\)", report)) - {"C7504"}),
         stack=_largest(r"(\d+) bytes stack frame", report),
         shared=_largest(r"smem_scratch_bytes=(\d+)", resources)
         + _largest(r"(\d+) bytes smem", report),

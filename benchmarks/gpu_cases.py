@@ -1,0 +1,45 @@
+"""The programs that are compiled for the GPU ahead of time: ours, and XLA's own lowering.
+
+Makers for `benchmarks.gpu_aot`'s jobs: each returns `(fn, avals)` from plain numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.pallas_kernels.gpu.config import GpuConfig
+from jaxquant.pallas_kernels.gpu.matmul import quantized_matmul
+from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
+
+
+def operands(problem: MatmulProblem) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `quantized_matmul`'s arrays for a problem, codes K-minor."""
+    p, struct = problem, jax.ShapeDtypeStruct
+    arrays = {
+        "x": struct((p.m, p.k), jnp.dtype(p.x_dtype)),
+        "codes": struct((p.n, p.code_rows), jnp.dtype(STORAGE[p.codes][0])),
+        "scale": struct((p.groups, p.n), jnp.float32),
+    }
+    if p.zero_point:
+        arrays["zero_point"] = struct((p.groups, p.n), jnp.int8)
+    if p.x_scale:
+        arrays["x_scale"] = struct((p.m, 1), jnp.float32)
+    if p.bias:
+        arrays["bias"] = struct((p.n,), jnp.float32)
+    for name in ("gate", "residual"):
+        if getattr(p, name):
+            arrays[name] = struct((p.m, p.n), jnp.dtype(p.out_dtype))
+    return arrays
+
+
+def ours(problem: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any]:
+    """`quantized_matmul` with this problem and config (their fields)."""
+    p, c = MatmulProblem(**problem), GpuConfig(**config)
+
+    def fn(arrays: dict[str, jax.Array]) -> jax.Array:
+        return quantized_matmul(**arrays, problem=p, config=c)
+
+    return fn, (operands(p),)

@@ -1,0 +1,111 @@
+"""How the matmul kernel is to do a product on a GPU: a frozen record, apart from any body.
+
+`gpu.heuristics` chooses a `GpuConfig`, `gpu.matmul` obeys it, `gpu.tables` writes and reads it.
+The product is computed transposed: rows of the weight are the tensor cores' M side, rows of x their
+N side, so that few rows of x need no padding to 64 and converted weights can come from registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
+
+# When scales meet the product: "end" once a column, on the sums (one scale a column); "after" each
+# group's product, on its sums; "before" the product, on the weight.
+ScaleTime = Literal["end", "after", "before"]
+# How codes become operands: "direct", not at all; "cast", by the compiler's own conversion;
+# "bits", by masks on 32-bit words, for which x's columns are put in another order.
+Reading = Literal["direct", "cast", "bits"]
+
+WARPGROUP_ROWS = 64  # the tensor cores' M
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuConfig:
+    """Blocks and order of operations.
+
+    Attributes:
+      bm: rows of x a block: a multiple of 8, at most 256.
+      bn: columns of the weight a warpgroup: 64 or 128.
+      bk: contracted values a step.
+      stages: steps whose blocks are in shared memory or on their way there.
+      warpgroups: those that compute; one more loads.
+      scale: when scales are applied.
+      reading: how codes become operands.
+      operand: dtype name in which the tensor cores multiply: "bfloat16", "int8",
+        "float8_e4m3fn" or "float8_e5m2".
+      split_k: parts of the contracted axis that blocks of their own sum; XLA adds the parts.
+      blocks: thread blocks that share out all tiles among them; 0 for one a tile.
+      staged: converted weights go through shared memory instead of registers (what interpret mode
+        can run; slower).
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    stages: int
+    warpgroups: int
+    scale: ScaleTime
+    reading: Reading
+    operand: str = "bfloat16"
+    split_k: int = 1
+    blocks: int = 0
+    staged: bool = False
+
+    @property
+    def tile_n(self) -> int:
+        """Columns of the weight a block."""
+        return self.bn * self.warpgroups
+
+    def chunk(self, problem: MatmulProblem) -> int:
+        """Contracted values of a step that share a scale."""
+        return self.bk if self.scale == "end" else min(self.bk, problem.group)
+
+    def steps(self, problem: MatmulProblem) -> int:
+        """Steps of a whole column of blocks."""
+        return -(-problem.k // self.bk)
+
+
+def is_outside(problem: MatmulProblem, config: GpuConfig) -> bool:
+    """Whether XLA finishes the sums (parts to add) instead of the kernel."""
+    return config.split_k > 1
+
+
+def out_dtype(problem: MatmulProblem, config: GpuConfig) -> str:
+    """Dtype name of what the kernel writes."""
+    if not is_outside(problem, config):
+        return problem.out_dtype
+    return "int32" if config.operand == "int8" and config.scale == "end" else "float32"
+
+
+def needs_sums(problem: MatmulProblem, config: GpuConfig) -> bool:
+    """Whether sums over x's rows correct the product for zero points (integer operands)."""
+    return problem.zero_point and config.operand != "bfloat16"
+
+
+def shared_bytes(problem: MatmulProblem, config: GpuConfig) -> int:
+    """An upper estimate of the shared memory of a block.
+
+    Args:
+      problem: the product.
+      config: its blocks.
+
+    Returns:
+      Bytes. The compiler's own figure is in `benchmarks/gpu_static.py`.
+    """
+    c, p = config, problem
+    groups = max(1, c.bk // p.group)
+    step = c.bm * c.bk * dtype_bytes(c.operand)
+    step += c.tile_n * c.bk * STORAGE[p.codes][1] // 8
+    if c.scale != "end":
+        step += 4 * groups * c.tile_n
+    if p.zero_point and not (needs_sums(p, c) and c.scale == "end"):
+        step += 4 * groups * c.tile_n
+    if needs_sums(p, c):
+        step += 4 * groups * c.bm
+    tile = c.bm * c.tile_n * dtype_bytes(out_dtype(p, c))
+    tiles = 1 if is_outside(p, c) else 1 + p.gate + p.residual
+    staging = c.tile_n * c.bk * dtype_bytes(c.operand) if c.staged else 0
+    return min(c.stages, c.steps(p)) * step + tiles * tile + staging + 4096
