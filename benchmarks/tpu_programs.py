@@ -14,7 +14,7 @@ import math
 import re
 from typing import Any
 
-from benchmarks import tpu_peers
+from benchmarks import tpu_floor, tpu_peers
 from benchmarks.tpu_aot import Job, Static
 from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu.chips import Chip
@@ -120,12 +120,14 @@ class Time:
       bound: what bounds it: "memory", a unit, or "waiting for blocks": neither would take as long,
         but the first block comes before any work, and each step waits for its own.
       at_least: the time is a lower bound, from schedules, bytes and multiply-adds.
+      unwaited: of our kernels, the time if no step waited for its blocks; else None.
       model: microseconds by XLA's cost model, where that is all the compiler says; else None.
     """
 
     microseconds: float | None
     bound: str
     at_least: bool = False
+    unwaited: float | None = None
     model: float | None = None
 
 
@@ -139,9 +141,13 @@ def time_of(chip: Chip, item: Program, static: Static) -> Time:
         return Time(_pipeline(chip, item, static, memory), unit, at_least=True)
     if static.cycles is not None:
         compute = static.cycles * item.times / chip.clock * 1e6
-        if compute > memory and item.config is not None and _busy(chip, item, static) < memory:
-            return Time(compute, "waiting for blocks")
-        return Time(max(compute, memory), unit if compute > memory else "memory")
+        unwaited = None
+        if item.config is not None:
+            busy = _busy(chip, item, static)
+            unwaited = min(max(busy, memory), max(compute, memory))
+            if busy < memory < compute:
+                unit = "waiting for blocks"
+        return Time(max(compute, memory), unit if compute > memory else "memory", unwaited=unwaited)
     p, rate = item.problem, chip.clock * chip.cores / 1e6
     macs = p.m * p.k * p.n / chip.macs_per_cycle / rate
     bandwidth = chip.hbm_bandwidth * chip.cores / 1e6
@@ -155,11 +161,12 @@ def time_of(chip: Chip, item: Program, static: Static) -> Time:
 
 
 def _busy(chip: Chip, item: Program, static: Static) -> float:
-    """Microseconds of instructions of our kernel, if they never waited."""
+    """Microseconds of our kernel's instructions and multiply-adds, if they never waited."""
     p, c = item.problem, item.config
     assert c is not None
     steps = math.ceil(p.m / c.bm) * math.ceil(p.n / c.bn) * (p.k // c.bk)
-    return static.bundles * steps / chip.clock / chip.cores * 1e6
+    instructions = static.bundles * steps / chip.clock / chip.cores * 1e6
+    return max(instructions, tpu_floor.floor(p, c.operand, chip).times["matrix"])
 
 
 def moved(item: Program) -> int:

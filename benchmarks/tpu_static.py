@@ -29,6 +29,7 @@ from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "8192x28672")
 ROWS = (1, 8, 16, 64, 256, 1024, 4096)
+LABELS = (*BASELINES, *FORMATS, *tpu_peers.PEERS)
 NOTE = (
     "Estimates of the TPU compiler, no timing on hardware: time = max(estimated cycles / clock,"
     " bytes moved once / bandwidth). at_least: no estimate; what schedules, bytes and multiply-adds"
@@ -46,6 +47,8 @@ class Row:
       microseconds: None if it does not compile.
       bound: what bounds the time.
       at_least: the time is a lower bound.
+      unwaited: of our kernels, microseconds if no step waited for its blocks: XLA's and tokamax's
+        figures count no such waits, and can be compared with this; else None.
       model: microseconds by XLA's cost model where there is no estimate.
       floor: microseconds that each resource needs (`tpu_floor`); empty if it is none of ours.
       over_floor: time over the largest of them.
@@ -61,6 +64,7 @@ class Row:
     microseconds: float | None
     bound: str
     at_least: bool
+    unwaited: float | None
     model: float | None
     floor: dict[str, float]
     over_floor: float | None
@@ -72,11 +76,10 @@ class Row:
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    labels = [*BASELINES, *FORMATS, *tpu_peers.PEERS]
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="KxN")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--formats", nargs="+", default=labels, choices=labels)
+    parser.add_argument("--formats", nargs="+", default=list(LABELS), choices=LABELS)
     parser.add_argument("--resume", action="store_true", help="keep what the file has")
     arguments = parser.parse_args()
     wanted = [label for label in arguments.formats if label not in tpu_peers.PEERS]
@@ -94,29 +97,33 @@ def measure_chip(
 ) -> None:
     """Every label at every shape and number of rows; writes the chip's file as it goes.
 
-    With `resume`, products that the file already has stay in it beside the ones asked for.
+    With `resume`, what the file has of the same compiler is used, and its other products stay in it
+    unless they are another program by now (a rule or a table chose another config).
     """
     chip, path = CHIPS[name], RESULTS / f"tpu-static-{name}.json"
-    items, reasons = _programs(chip, shapes, row_counts, labels)
+    wanted = [
+        (label, m, *map(int, shape.split("x")))
+        for m in row_counts
+        for shape in shapes
+        for label in labels
+    ]
+    items, reasons = _programs(chip, wanted)
+    jobs = {item.job.name: item.job for item in items}
     compiled: dict[str, Static] = {}
-    asked = {(i.label, i.problem.m, i.problem.k, i.problem.n) for i in items}
-    kept = []
     if resume and path.exists():
         record = json.loads(path.read_text())
         if record.get("compiler") == compiler():
             compiled = {key: Static(**value) for key, value in record["programs"].items()}
+            others = [(row["name"], row["m"], row["k"], row["n"]) for row in record["rows"]]
+            more, _ = _programs(chip, [other for other in others if other not in wanted])
+            items += more
             reasons = record["unsupported"] | reasons
-            kept = [
-                row
-                for row in record["rows"]
-                if (row["name"], row["m"], row["k"], row["n"]) not in asked
-            ]
-    jobs = {item.job.name: item.job for item in items if item.job.name not in compiled}
-    for batch in _batches(jobs.values()):
+    left = [job for key, job in jobs.items() if key not in compiled]
+    for batch in _batches(left):
         compiled |= measure(batch, name)
-        print(f"{name}: {len(compiled)} programs, {len(jobs)} asked for", flush=True)
-        _write(path, chip, items, compiled, reasons, kept)
-    _write(path, chip, items, compiled, reasons, kept)
+        print(f"{name}: {len(compiled)} programs, {len(left)} were to be compiled", flush=True)
+        _write(path, chip, items, compiled, reasons)
+    _write(path, chip, items, compiled, reasons)
 
 
 def _batches(jobs: Iterable[Any]) -> Iterator[list[Any]]:
@@ -127,19 +134,16 @@ def _batches(jobs: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _programs(
-    chip: Chip, shapes: list[str], row_counts: list[int], labels: list[str]
+    chip: Chip, wanted: list[tuple[str, int, int, int]]
 ) -> tuple[list[Program], dict[str, str]]:
     items, reasons = [], {}
-    for m in row_counts:
-        for shape in shapes:
-            k, n = map(int, shape.split("x"))
-            for label in labels:
-                if label in tpu_peers.PEERS and not tpu_peers.can_do(label, m):
-                    continue
-                try:
-                    items.append(program(chip, label, m, k, n))
-                except Unsupported as reason:
-                    reasons[f"{label}|{m}x{k}x{n}"] = str(reason)
+    for label, m, k, n in wanted:
+        if label in tpu_peers.PEERS and not tpu_peers.can_do(label, m):
+            continue
+        try:
+            items.append(program(chip, label, m, k, n))
+        except Unsupported as reason:
+            reasons[f"{label}|{m}x{k}x{n}"] = str(reason)
     return items, reasons
 
 
@@ -149,19 +153,17 @@ def _write(
     items: list[Program],
     compiled: dict[str, Static],
     reasons: dict[str, str],
-    kept: list[dict[str, Any]],
 ) -> None:
     rows = [_row(chip, i, compiled[i.job.name]) for i in items if i.job.name in compiled]
-    everything = kept + [dataclasses.asdict(row) for row in rows]
-    everything.sort(key=lambda row: (row["k"], row["n"], row["m"]))
-    used = {row["program"] for row in everything}
+    rows.sort(key=lambda row: (row.k, row.n, row.m, LABELS.index(row.name)))
+    used = sorted({row.program for row in rows})
     record = {
         "note": NOTE,
         "compiler": compiler(),
         "chip": dataclasses.asdict(chip),
         "unsupported": reasons,
-        "rows": everything,
-        "programs": {k: dataclasses.asdict(v) for k, v in compiled.items() if k in used},
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "programs": {key: dataclasses.asdict(compiled[key]) for key in used},
     }
     path.parent.mkdir(exist_ok=True)
     path.write_text(lines(record))
@@ -198,6 +200,7 @@ def _row(chip: Chip, item: Program, static: Static) -> Row:
         None if time.microseconds is None else round(time.microseconds, 3),
         time.bound,
         time.at_least,
+        None if time.unwaited is None else round(time.unwaited, 3),
         None if time.model is None else round(time.model, 3),
         {} if floor is None else {name: round(t, 3) for name, t in floor.times.items()},
         over,

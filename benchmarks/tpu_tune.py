@@ -1,6 +1,6 @@
 """Searches configs that beat the rules, and writes the tables that `tpu.heuristics` reads first.
 
-`python -m benchmarks.tpu_tune [--chips v6e] [--formats ...] [--rows 16] [--columns 4096]` compiles
+`python -m benchmarks.tpu_tune [--chips v6e] [--formats ...] [--rows 16] ...` compiles
 every candidate with the TPU compiler and compares static times: the larger of estimated cycles over
 the clock and bytes over the bandwidth. The best one is written to
 `pallas_kernels/tpu/tables/<chip>.json` if it beats the rules by `MARGIN`; an entry that was
@@ -29,10 +29,9 @@ from jaxquant.pallas_kernels.tpu.heuristics import DECODE_ROWS, by_rules, fit
 
 TABLES = Path(__file__).parent.parent / "pallas_kernels" / "tpu" / "tables"
 MARGIN = 0.03
-_DEPTH = 4096  # the search is done at this k
 _BLOCKS = {
-    "few": ((0,), (256, 512, 1024, 2048), (2048, 4096)),  # bm = 0: all rows
-    "many": ((256, 512, 1024), (512, 1024, 2048), (2048, 4096)),
+    "few": ((0,), (256, 512, 1024, 2048), (2048, 4096, 8192, 16384)),  # bm = 0: all rows
+    "many": ((512, 1024), (512, 1024, 2048), (4096, 8192, 16384)),
 }
 
 
@@ -44,14 +43,16 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 1024], choices=table.ROWS)
     parser.add_argument("--columns", nargs="+", type=int, default=[4096], choices=table.COLUMNS)
+    parser.add_argument("--depths", nargs="+", type=int, default=[4096], choices=table.DEPTHS)
     arguments = parser.parse_args()
     for name in arguments.chips:
-        for item in itertools.product(arguments.formats, arguments.rows, arguments.columns):
+        a = arguments
+        for item in itertools.product(a.formats, a.rows, a.columns, a.depths):
             _search(CHIPS[name], *item)
 
 
-def _search(chip: Chip, label: str, rows: int, columns: int) -> None:
-    problem = MatmulProblem(rows, _DEPTH, columns, **FORMATS[label])
+def _search(chip: Chip, label: str, rows: int, columns: int, depth: int) -> None:
+    problem = MatmulProblem(rows, depth, columns, **FORMATS[label])
     configs = list(candidates(problem, chip))
     jobs = [
         Job(
@@ -72,7 +73,7 @@ def _search(chip: Chip, label: str, rows: int, columns: int) -> None:
         for got in (results[job.name] for job in jobs)
     ]
     rules, best = times[0], min(time for time in times if time is not None)
-    print(f"{chip.name} {label} {rows}x{_DEPTH}x{columns}:")
+    print(f"{chip.name} {label} {rows}x{depth}x{columns}:")
     for config, time in sorted(
         zip(configs, times, strict=True), key=lambda pair: pair[1] or float("inf")
     )[:3]:
@@ -113,10 +114,19 @@ def _orders(
         yield "after", "cast", "int8"
         if problem.m <= DECODE_ROWS:
             return
-    scale: ScaleTime = "after" if problem.m <= DECODE_ROWS else "before"
-    yield scale, rules.reading, "bfloat16"
-    if problem.codes == "int4":
-        yield scale, "cast" if rules.reading == "bits" else "bits", "bfloat16"
+    scales: list[ScaleTime] = []
+    if problem.m <= 256:
+        scales.append("after")
+    if problem.m > DECODE_ROWS:
+        scales.append("before")
+    # Reading bits spares vector operations, which the matrix units hide from some rows on.
+    for scale in scales:
+        readings = {rules.reading: None}
+        if problem.codes == "int4" and problem.m <= 256:
+            readings |= dict.fromkeys(("cast", "bits"))
+        for reading in readings:
+            if (scale, reading) != ("after", "staged"):  # there it is no other than "cast"
+                yield scale, reading, "bfloat16"
 
 
 def _write(

@@ -15,9 +15,11 @@ from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
 # When scales meet the product: "end" once a column, on the output (one scale a column); "after"
 # each group's dot, on its partial sums; "before" the dot, on the weight.
 ScaleTime = Literal["end", "after", "before"]
-# How codes become operands: "cast", XLA's conversion; "bits", shifted into the mantissa of
-# bfloat16 numbers near 128, whose offset is subtracted from the sums; "gather", out of a table.
-Reading = Literal["cast", "bits", "gather"]
+# How codes become operands: "cast", XLA's conversion; "staged", the same, but where the weight is
+# scaled in float32 its codes go there by way of bfloat16, which holds them exactly; "bits", shifted
+# into the mantissa of bfloat16 numbers near 128, whose offset is subtracted from the sums;
+# "gather", out of a table.
+Reading = Literal["cast", "staged", "bits", "gather"]
 
 
 @dataclasses.dataclass(frozen=True)

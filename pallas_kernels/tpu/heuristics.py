@@ -6,7 +6,8 @@ better than the rules, which follow from the compiler's static schedules (docs/t
 * One scale a column: on the output. Groups, few rows: after each group's dot, since scaling
   partial sums costs rows and scaling the weight costs the weight. Groups, many rows: before.
 * Without vector arithmetic on bfloat16 (v4, v5e, v5p) the compiler's int4 conversion is what
-  bounds a product of few rows; reading bits is not.
+  bounds a product of few rows; reading bits is not. With it, a register of int4 is converted to
+  bfloat16 in one step, and from there to float32 in two; to float32 at once takes more.
 * Few rows stream the weight: about 2 MiB of codes a step hide the fixed cost of a step, and the
   first block, which nothing hides, is still short.
 """
@@ -147,6 +148,8 @@ def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime)
         return "gather"
     if p.codes in PACKED:
         return "bits"
+    if scale == "before" and chip.has_bf16_vpu and p.codes in ("int4", "int8"):
+        return "staged"
     fits = p.k % LANES == 0 and (p.groups == 1 or LANES % p.group == 0 or p.group % LANES == 0)
     pays = not chip.has_bf16_vpu and p.m <= DECODE_ROWS // 2 and scale != "before"
     return "bits" if p.codes == "int4" and operand == "bfloat16" and fits and pays else "cast"

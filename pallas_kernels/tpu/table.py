@@ -17,12 +17,13 @@ from typing import Any
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
 from jaxquant.pallas_kernels.tpu.config import Reading, ScaleTime
 
-# Entries are for products of up to so many rows, and the last for more; likewise for columns. The
-# search is done at these sizes.
+# Entries are for products of up to so many rows, and the last for more; likewise for columns and
+# contracted values. The search is done at these sizes.
 ROWS = (16, 64, 256, 1024)
 COLUMNS = (4096, 14336)
+DEPTHS = (4096, 8192, 14336)
 
-Key = tuple[str, str, int, int, int]
+Key = tuple[str, str, int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Entry:
       group: contracted values that share a scale; 0 for a scale a column.
       rows: of `ROWS`.
       columns: of `COLUMNS`.
+      depth: of `DEPTHS`.
       bm, bn, bk, scale, reading, operand: as in `MatmulConfig`.
       gain: time by the rules over the time of this, when it was searched.
     """
@@ -44,6 +46,7 @@ class Entry:
     group: int
     rows: int
     columns: int
+    depth: int
     bm: int
     bn: int
     bk: int
@@ -55,7 +58,7 @@ class Entry:
     @property
     def key(self) -> Key:
         """What it is for."""
-        return self.codes, self.x_dtype, self.group, self.rows, self.columns
+        return self.codes, self.x_dtype, self.group, self.rows, self.columns, self.depth
 
 
 def find(problem: MatmulProblem, chip: str) -> Entry | None:
@@ -67,7 +70,8 @@ def key_of(problem: MatmulProblem) -> Key:
     """Which entry is for a product."""
     p = problem
     group = 0 if p.groups == 1 else p.group
-    return p.codes, p.x_dtype, group, bucket(p.m, ROWS), bucket(p.n, COLUMNS)
+    sizes = bucket(p.m, ROWS), bucket(p.n, COLUMNS), bucket(p.k, DEPTHS)
+    return p.codes, p.x_dtype, group, *sizes
 
 
 def bucket(size: int, sizes: tuple[int, ...]) -> int:
@@ -110,6 +114,7 @@ def _checked(fields: dict[str, Any], where: str) -> Entry:
         "codes": tuple(STORAGE),
         "rows": ROWS,
         "columns": COLUMNS,
+        "depth": DEPTHS,
         "scale": typing.get_args(ScaleTime),
         "reading": typing.get_args(Reading),
     }

@@ -74,6 +74,8 @@ ORDERS = [
     ("int4", 64, 256, "before", "cast"),
     ("int4", 32, 256, "before", "cast"),
     ("int4", 512, 256, "before", "cast"),
+    ("int4", 64, 256, "before", "staged"),
+    ("int8", 128, 256, "before", "staged"),
     ("int8", 0, 256, "end", "cast"),
     ("int3", 64, 256, "after", "bits"),
     ("int3", 128, 512, "before", "bits"),

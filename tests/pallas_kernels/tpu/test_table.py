@@ -15,6 +15,7 @@ ENTRY = {
     "group": 128,
     "rows": 16,
     "columns": 4096,
+    "depth": 4096,
     "bm": 16,
     "bn": 384,
     "bk": 2048,
@@ -33,7 +34,7 @@ def text(*entries):
 def test_shipped_entries_are_what_is_chosen(chip):
     for entry in table.load(chip).values():
         problem = MatmulProblem(
-            entry.rows, 4096, entry.columns, entry.codes, entry.x_dtype, entry.group
+            entry.rows, entry.depth, entry.columns, entry.codes, entry.x_dtype, entry.group
         )
         config = heuristics.choose_config(problem, CHIPS[chip])
         names = ("bm", "bn", "bk", "scale", "reading", "operand")
@@ -51,6 +52,7 @@ def test_an_entry_serves_its_bucket_and_nothing_else(monkeypatch):
     others = [
         dataclasses.replace(problem, m=17),
         dataclasses.replace(problem, n=8192),
+        dataclasses.replace(problem, k=8192),
         dataclasses.replace(problem, group=64),
         dataclasses.replace(problem, codes="int8"),
     ]
