@@ -8,6 +8,7 @@ N side, so that few rows of x need no padding to 64 and converted weights can co
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
@@ -19,7 +20,7 @@ ScaleTime = Literal["end", "after", "before"]
 # "bits", by masks on 32-bit words, for which x's columns are put in another order.
 Reading = Literal["direct", "cast", "bits"]
 
-WARPGROUP_ROWS = 64  # the tensor cores' M
+_MOST_TOGETHER = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,13 @@ class GpuConfig:
         return self.bn * self.warpgroups
 
     def chunk(self, problem: MatmulProblem) -> int:
-        """Contracted values of a step that share a scale."""
-        return self.bk if self.scale == "end" else min(self.bk, problem.group)
+        """Contracted values that are multiplied together: they share a scale, if groups have one.
+
+        Without groups a bound on them bounds the registers that converted weights take.
+        """
+        if self.scale == "end":
+            return math.gcd(self.bk, _MOST_TOGETHER) if self.bk > _MOST_TOGETHER else self.bk
+        return min(self.bk, problem.group)
 
     def steps(self, problem: MatmulProblem) -> int:
         """Steps of a whole column of blocks."""
@@ -108,4 +114,4 @@ def shared_bytes(problem: MatmulProblem, config: GpuConfig) -> int:
     tile = c.bm * c.tile_n * dtype_bytes(out_dtype(p, c))
     tiles = 1 if is_outside(p, c) else 1 + p.gate + p.residual
     staging = c.tile_n * c.bk * dtype_bytes(c.operand) if c.staged else 0
-    return min(c.stages, c.steps(p)) * step + tiles * tile + staging + 4096
+    return min(c.stages, c.steps(p) // c.split_k) * step + tiles * tile + staging + 4096

@@ -4,7 +4,7 @@ Used by the bodies in this package. Three ways:
 
 * "direct": codes are operands as they are, in shared memory (int8 and float8 on both sides).
 * "cast": a warpgroup loads codes into registers in a layout made for it and Mosaic GPU converts
-  them; lanes exchange parts of their registers, so that columns keep their order.
+  them to bfloat16; lanes exchange parts of their registers, so that columns keep their order.
 * "bits": masks on 32-bit words, and nothing is exchanged (int4, and float8 as bfloat16, for which
   Hopper has no conversion). A lane holds whole words of codes; `assemble` says which columns of the
   operand its registers are, and `arrange` puts x's columns in that order.
@@ -111,8 +111,6 @@ def load(ref: Any, config: GpuConfig, interpret: bool) -> jax.Array:
         return ref[...]
     if config.reading == "bits":
         return plgpu.load(ref, layout=WORDS)
-    if config.operand != "bfloat16":
-        return plgpu.load(ref, layout=plgpu.Layout.WGMMA_8BIT)
     if ref.dtype == jnp.int4:
         return plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
@@ -124,12 +122,11 @@ def convert(array: jax.Array, codes: str, config: GpuConfig, interpret: bool) ->
     Returns:
       `config.operand` in the layout that wgmma takes; what `words_of` says is still in it.
     """
-    operand = jnp.dtype(config.operand)
     if config.reading == "bits":
-        return assemble(planes_of(array, codes, config), operand, interpret)
-    if interpret or operand != jnp.bfloat16:
-        return array.astype(operand)
-    return plgpu.layout_cast(array, plgpu.Layout.WGMMA).astype(operand)
+        return assemble(planes_of(array, codes, config), config.operand, interpret)
+    if not interpret:
+        array = plgpu.layout_cast(array, plgpu.Layout.WGMMA)
+    return array.astype(config.operand)
 
 
 def planes_of(words: Any, codes: str, config: GpuConfig) -> list[Any]:
