@@ -1,13 +1,19 @@
 """Which GPU kernel a matrix product runs as, and why; or why none.
 
-One of the platforms of `jaxquant.pallas_kernels.dispatch`.
+One of the platforms of `jaxquant.pallas_kernels.dispatch`. What was timed on the chip
+(`gpu.tables`) decides; where nothing was, rules do.
 """
 
 from __future__ import annotations
 
+import functools
+
 from jaxquant.pallas_kernels.as_matrix import Kernel
-from jaxquant.pallas_kernels.gpu.chips import CHIPS, chip_of
-from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.gpu import tables
+from jaxquant.pallas_kernels.gpu.chips import CHIPS, Chip, chip_of
+from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, Unsupported
+
+_WHEN = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
 
 
 def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
@@ -21,6 +27,57 @@ def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
     Raises:
       Unsupported: none fits, or XLA is better; says why.
     """
-    if chip_of(device_kind) is None:
+    chip = chip_of(device_kind)
+    if chip is None:
         raise Unsupported(f"{device_kind} is none of {', '.join(CHIPS)}")
-    raise Unsupported("there is no GPU kernel for it yet")
+    if not _has_mosaic_gpu():
+        raise Unsupported("this jax has no Mosaic GPU that they could be written in: 0.11 has")
+    if not forced:
+        _check_worth(problem, chip)
+    # Imported here: with an older jax these modules cannot be.
+    from jaxquant.pallas_kernels.gpu.heuristics import choose_config
+    from jaxquant.pallas_kernels.gpu.matmul import quantized_matmul
+    from jaxquant.pallas_kernels.gpu.quantize_rows import fits, quantize_rows
+
+    config = choose_config(problem, chip)
+    return Kernel(
+        f"pallas gpu {chip.name}: {problem.codes}, scale {_WHEN[config.scale]}",
+        _why(problem, chip),
+        functools.partial(quantized_matmul, problem=problem, config=config),
+        quantize_rows if fits(problem.k) else None,
+        k_minor=True,
+    )
+
+
+@functools.cache
+def _has_mosaic_gpu() -> bool:
+    try:
+        from jax.experimental.pallas import mosaic_gpu
+    except ImportError:
+        return False
+    return hasattr(mosaic_gpu, "InterpretGPUParams")
+
+
+def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
+    entry = tables.find(problem, chip)
+    if entry is not None and entry.config is None:
+        raise Unsupported(
+            f"timed on {chip.name} at {entry.m} x {entry.k} x {entry.n}: XLA takes"
+            f" {entry.xla_microseconds:g} us, the best kernel {entry.microseconds:g}"
+        )
+    if entry is None and problem.groups == 1 and problem.codes not in PACKED:
+        raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
+
+
+def _why(problem: MatmulProblem, chip: Chip) -> str:
+    entry = tables.find(problem, chip)
+    if entry is not None and entry.config is not None:
+        return (
+            f"timed on {chip.name} at {entry.m} x {entry.k} x {entry.n}: {entry.microseconds:g}"
+            f" us, XLA takes {entry.xla_microseconds:g}"
+        )
+    if problem.groups == 1:
+        return f"one scale a column, {problem.codes} codes unpacked on the chip"
+    return (
+        f"groups of {problem.group}, {problem.m} rows: XLA would write the weight out in bfloat16"
+    )
