@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from jaxquant.io.orbax import inspect as inspect
     from jaxquant.io.orbax import restore as restore
     from jaxquant.io.orbax import save as save
+    from jaxquant.pallas_kernels.dispatch import Place as Place
     from jaxquant.passes.observe_rules import Observe as Observe
     from jaxquant.passes.plan import Plan as Plan
     from jaxquant.passes.rewrite import StrictError as StrictError
@@ -82,6 +83,7 @@ _EXPORTS = {
     "inspect": "jaxquant.io.orbax",
     "restore": "jaxquant.io.orbax",
     "save": "jaxquant.io.orbax",
+    "Place": "jaxquant.pallas_kernels.dispatch",
     "Observe": "jaxquant.passes.observe_rules",
     "Plan": "jaxquant.passes.plan",
     "StrictError": "jaxquant.passes.rewrite",

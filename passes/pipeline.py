@@ -12,7 +12,7 @@ import jax
 
 from jaxquant.core import _compat
 from jaxquant.core.qtensor import QTensor
-from jaxquant.pallas_kernels.dispatch import Implementation
+from jaxquant.pallas_kernels.dispatch import Implementation, Place
 from jaxquant.passes.elide_roundtrips import ElideRoundtrips
 from jaxquant.passes.events import Event
 from jaxquant.passes.fuse_siblings import FuseSiblings
@@ -29,6 +29,7 @@ def quantizing_passes(
     strict: bool = False,
     on_event: Callable[[Event], None] | None = None,
     implementation: Implementation | None = None,
+    place: Place | None = None,
 ) -> tuple[Pass, ...]:
     """The passes that make a quantized program of a float one.
 
@@ -37,13 +38,14 @@ def quantizing_passes(
       strict: raise `StrictError` where a weight would be dequantized.
       on_event: called with every decision about a weight.
       implementation: of all quantized products: "xla", "pallas", or None for the best.
+      place: where the program will run; None for one device of the default kind.
     """
     return (
         InsertScales(weights, strict=strict, on_event=on_event),
         ShareActivationQuant(),
         ElideRoundtrips(),
         FuseSiblings(),
-        LowerToKernels(implementation=implementation),
+        LowerToKernels(place, implementation),
     )
 
 

@@ -21,7 +21,7 @@ from jaxquant.core.qtensor import is_qtensor
 from jaxquant.frontends import describe, quantize
 from jaxquant.frontends.adapter import ModelAdapter
 from jaxquant.frontends.marks import recipe_of
-from jaxquant.pallas_kernels.dispatch import Implementation, check_implementation
+from jaxquant.pallas_kernels.dispatch import Implementation, Place, check_implementation
 from jaxquant.passes.cost import Cost, traffic
 from jaxquant.passes.pass_manager import Pass, PassManager, Record, Verify
 from jaxquant.passes.pipeline import evaluate, quantizing_passes
@@ -38,6 +38,7 @@ def compile(
     implementation: Implementation | None = None,
     passes: Passes | None = None,
     verify: Verify | None = None,
+    place: Place | None = None,
     **kwargs: Any,
 ) -> Compiled:
     """Runs the pipeline on one call of a model or function.
@@ -53,6 +54,8 @@ def compile(
       passes: gets the passes of the pipeline in order and returns those to run, with others put
         anywhere between, before or after them. They start from the float program.
       verify: what is checked after each pass (see `PassManager`).
+      place: where the program will run: what `records` say of its kernels is for there. None for
+        one device of the default kind. What runs is settled when it is lowered, for the device.
       **kwargs: keyword arguments of the call.
 
     Returns:
@@ -64,7 +67,11 @@ def compile(
     """
     if recipe_of(model) is None:
         model = quantize()(model)
-    options = {"strict": strict, "implementation": check_implementation(implementation)}
+    options = {
+        "strict": strict,
+        "implementation": check_implementation(implementation),
+        "place": place,
+    }
     compiled = Compiled(describe(model), options, passes, verify)
     compiled._first = compiled._variant(*compiled._given(args, kwargs))
     return compiled

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 
 from jaxquant.algorithms.planning import assign, require_quantized, stored_plan
+from jaxquant.core.primitives.kernels import planned_for
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe, quantize
 from jaxquant.frontends.marks import recipe_of
+from jaxquant.pallas_kernels.dispatch import Place
 from jaxquant.passes.insert_observers import Observation, check_rules
 from jaxquant.passes.make_plan import make_plan
 from jaxquant.passes.observe_rules import observe_rules
@@ -29,6 +31,7 @@ def explain(
     recipe: str | Recipe | None = None,
     strict: bool = False,
     observers: Any = None,
+    place: Place | None = None,
     **kwargs: Any,
 ) -> Plan:
     """The plan for a model: for every operation what it will be, and why.
@@ -44,6 +47,8 @@ def explain(
         skips it, or a weight would be dequantized before use.
       observers: what `jaxquant.calibrate` would collect (its ``statistics``): the plan then says
         what that takes on the device, to the byte. None for nothing.
+      place: where the program will run, e.g. `jaxquant.Place("cuda", "NVIDIA H200")`: the plan
+        then names the kernels there, on any machine. None for one device of the default kind.
       **kwargs: keyword arguments of the model, such as ``rngs``, ``mutable``, ``train``.
 
     Returns:
@@ -57,6 +62,18 @@ def explain(
         recipe = get_recipe(recipe)
     if recipe_of(model) is None:
         model = quantize(recipe)(model)
+    with planned_for(place):
+        return _plan(model, args, kwargs, recipe, strict, observers)
+
+
+def _plan(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recipe: Recipe | None,
+    strict: bool,
+    observers: Any,
+) -> Plan:
     adapter = describe(model)
     given, rest = ((), args) if adapter.kind == "nnx" else (args[:1], args[1:])
     fn, tree = adapter.pure(*given)

@@ -6,8 +6,10 @@ Called by the lowering of `quantized_dot_general` on TPU and GPU, and by the pla
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -104,7 +106,23 @@ def run_kernel(
     )
 
 
+_planned: contextvars.ContextVar[Place | None] = contextvars.ContextVar("place", default=None)
+
+
+@contextlib.contextmanager
+def planned_for(place: Place | None) -> Iterator[None]:
+    """Plans that are made within it are for this place; None changes nothing."""
+    token = _planned.set(place or _planned.get())
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
 def default_place() -> Place:
-    """One device of the process's default kind: where a plan is read, unless it says otherwise."""
+    """Where a plan is read: as `planned_for` says, else one device of the default kind."""
+    place = _planned.get()
+    if place is not None:
+        return place
     device = jax.devices()[0]
     return Place(_compat.lowering_platform(device.client), device.device_kind)

@@ -15,7 +15,6 @@ from jaxquant.pallas_kernels.as_matrix import Weight
 from jaxquant.pallas_kernels.dispatch import Place, choose
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.gpu import select
-from jaxquant.passes.lower_to_kernels import LowerToKernels
 
 H200 = Place("cuda", "NVIDIA H200")
 PLAIN = (((1,), (0,)), ((), ()))
@@ -122,14 +121,16 @@ def quantized(recipe):
 @pytest.mark.parametrize("recipe", ["w4a16_g128", "w8a8"])
 def test_the_plan_is_what_is_lowered(recipe):
     """On every jax: kernels on those that have them, else XLA with the reason."""
-    place = LowerToKernels(H200)
-    compiled = jq.compile(net, quantized(recipe), X, passes=lambda p: [*p[:-1], place])
+    compiled = jq.compile(net, quantized(recipe), X, place=H200)
     found = compiled.program.facts["lowerings"]
     planned = [one for one in found if one.implementation.startswith("pallas gpu H200")]
     kernels = recipe == "w4a16_g128" and select._has_mosaic_gpu()
     assert len(found) == 3 and len(planned) == 3 * kernels
     text = on_h200(jq.transform(net), quantized(recipe), X)
     assert text.count("mosaic_gpu") >= 3 if kernels else "mosaic_gpu" not in text
+    explained = [row.lowering for row in jq.explain(net, quantized(recipe), X, place=H200).rows]
+    assert sorted(explained) == sorted(one.implementation for one in found)
+    assert not any("gpu" in row.lowering for row in jq.explain(net, quantized(recipe), X).rows)
     if not select._has_mosaic_gpu():
         assert all("no Mosaic GPU" in one.reason for one in found)
     elif not kernels:
