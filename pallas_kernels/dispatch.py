@@ -121,28 +121,49 @@ def choose(
       ValueError: "pallas" is forced, but no kernel fits; the message lists the reasons. Or an
         unknown name.
     """
-    if check_implementation(implementation) == "xla":
-        return Choice("xla", "asked for by implementation='xla'")
-    try:
-        platform, device_kind = _platform(place)
-        _check_floats(x_dtype, precision)
+
+    def find(device_kind: str) -> Choice:
+        check_floats(x_dtype, precision)
         parts = _partition(place, x_shape, weight, axes, act)
-        if parts is not None:
-            x_shape, weight = parts.x_shape, parts.weight
+        own_shape, own = (x_shape, weight) if parts is None else (parts.x_shape, parts.weight)
+        platform = PLATFORMS[place.platform]
         as_it_is = act is None and jnp.dtype(x_dtype) == jnp.float32
         if as_it_is and platform.float32 and implementation is None:
             raise Unsupported(f"x is float32: {platform.float32}")
-        problem = flatten(x_shape, x_dtype, weight, axes, act, out_dtype, k_last=platform.k_last)
+        problem = flatten(own_shape, x_dtype, own, axes, act, out_dtype, k_last=platform.k_last)
         kernel = platform.select(problem, device_kind, implementation is not None)
+        product = MatrixProduct(problem, kernel, own, axes, act)
+        reason = kernel.reason + ("" if parts is None else f"; {parts}")
+        if product.moves_codes:
+            reason += "; codes are transposed at every call: jaxquant.prepare does it once"
+        run: Callable[..., jax.Array] = product
+        if parts is not None:
+            run = PartitionedProduct(product, parts, axes, act)
+        return Choice(kernel.name, reason, run)
+
+    return settle(place, implementation, find)
+
+
+def settle(
+    place: Place, implementation: Implementation | None, find: Callable[[str], Choice]
+) -> Choice:
+    """What `find` makes of the kind of the devices, or XLA with the reason.
+
+    Args:
+      place: where the program runs.
+      implementation: forces one.
+      find: raises `Unsupported` with the reason where no kernel fits.
+
+    Raises:
+      ValueError: as `choose`.
+    """
+    if check_implementation(implementation) == "xla":
+        return Choice("xla", "asked for by implementation='xla'")
+    try:
+        return find(_device_kind(place))
     except Unsupported as why:
         of = f"pallas {place.platform}" if place.platform in PLATFORMS else "pallas"
         refused = f"{of}: {why}"
-    else:
-        run: Callable[..., jax.Array] = MatrixProduct(problem, kernel, weight, axes, act)
-        if parts is None:
-            return Choice(kernel.name, kernel.reason, run)
-        run = PartitionedProduct(run, parts, axes, act)
-        return Choice(kernel.name, f"{kernel.reason}; {parts}", run)
     if implementation == "pallas":
         raise ValueError(f"implementation='pallas', but no kernel fits: {refused}")
     return Choice("xla", refused)
@@ -159,8 +180,7 @@ def check_implementation(implementation: Any) -> Implementation | None:
     return implementation
 
 
-def _platform(place: Place) -> tuple[Platform, str]:
-    """The platform, and the kind of its devices."""
+def _device_kind(place: Place) -> str:
     platform = PLATFORMS.get(place.platform)
     if platform is None:
         raise Unsupported(f"the program runs on {place.platform}")
@@ -168,7 +188,7 @@ def _platform(place: Place) -> tuple[Platform, str]:
         raise Unsupported(
             f"the {platform.chips} generation is not known when the program is lowered"
         )
-    return platform, place.device_kind
+    return place.device_kind
 
 
 def _partition(
@@ -189,7 +209,12 @@ def _partition(
     )
 
 
-def _check_floats(x_dtype: Any, precision: Any) -> None:
+def check_floats(x_dtype: Any, precision: Any) -> None:
+    """That kernels are as exact as what was asked for.
+
+    Raises:
+      Unsupported: they are not; says why.
+    """
     if jnp.dtype(x_dtype) not in (jnp.bfloat16, jnp.float32):
         raise Unsupported(f"x is {jnp.dtype(x_dtype).name}; kernels take bfloat16 and float32")
     wanted = precision if isinstance(precision, tuple) else (precision,)

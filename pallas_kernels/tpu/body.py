@@ -1,7 +1,7 @@
 """The body of the matmul kernel: one block of x times one block of codes.
 
-Called for each step of the grids that `tpu.matmul` and `tpu.ragged` set up. `_prepare` lays x out as
-the reading of the codes wants it and sums its rows where zero points need that; one of `_end`,
+Called for each step of the grids that `tpu.matmul` and `tpu.ragged` set up. `_prepare` lays x out
+as the reading of the codes wants it and sums its rows where zero points need that; one of `_end`,
 `_after`, `_before` multiplies; `tpu.epilogue` finishes. What varies is static: the problem and its
 config.
 """

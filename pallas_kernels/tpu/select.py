@@ -6,14 +6,21 @@ One of the platforms of `jaxquant.pallas_kernels.dispatch`.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from jaxquant.pallas_kernels.as_matrix import Kernel
-from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, RaggedProblem, Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip, chip_of
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
-from jaxquant.pallas_kernels.tpu.heuristics import AFTER_ROWS, DECODE_ROWS, choose_config
+from jaxquant.pallas_kernels.tpu.heuristics import (
+    AFTER_ROWS,
+    DECODE_ROWS,
+    choose_config,
+    choose_ragged_config,
+)
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
+from jaxquant.pallas_kernels.tpu.ragged import ragged_matmul
 
 _WHEN = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
 
@@ -29,21 +36,53 @@ def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
     Raises:
       Unsupported: none fits, or XLA is better; says why.
     """
-    chip = chip_of(device_kind)
-    if chip is None:
-        raise Unsupported(f"{device_kind} is none of {', '.join(CHIPS)}")
+    chip = _chip(device_kind)
     if not forced:
         _check_worth(problem, chip)
     config = choose_config(problem, chip)
-    quantize = None
-    if problem.m > DECODE_ROWS:  # fewer rows are not worth a launch of their own
-        quantize = functools.partial(quantize_rows, parallel=config.parallel)
     return Kernel(
         f"pallas tpu {chip.name}: {problem.codes}, scale {_WHEN[config.scale]}",
         _why(problem, config),
         functools.partial(quantized_matmul, problem=problem, config=config),
-        quantize,
+        _quantizer(problem, config),
     )
+
+
+def select_ragged(problem: RaggedProblem, device_kind: str, forced: bool) -> Kernel:
+    """The kernel for rows grouped by expert; its `multiply` takes `group_sizes` too.
+
+    XLA is never the better choice: it writes all experts out in bfloat16 first.
+
+    Args:
+      problem: the product.
+      device_kind: of the device.
+      forced: of no influence.
+
+    Raises:
+      Unsupported: none fits; says why.
+    """
+    chip, rows = _chip(device_kind), problem.product
+    config = choose_ragged_config(problem, chip)
+    return Kernel(
+        f"pallas tpu {chip.name}: {rows.codes} experts, scale {_WHEN[config.scale]}",
+        f"{problem.experts} experts, {rows.m} rows in tiles of {config.bm}: codes are read where"
+        " there are rows for them",
+        functools.partial(ragged_matmul, problem=problem, config=config),
+        _quantizer(rows, config),
+    )
+
+
+def _chip(device_kind: str) -> Chip:
+    chip = chip_of(device_kind)
+    if chip is None:
+        raise Unsupported(f"{device_kind} is none of {', '.join(CHIPS)}")
+    return chip
+
+
+def _quantizer(problem: MatmulProblem, config: MatmulConfig) -> Any:
+    if problem.m <= DECODE_ROWS:  # fewer rows are not worth a launch of their own
+        return None
+    return functools.partial(quantize_rows, parallel=config.parallel)
 
 
 def _check_worth(problem: MatmulProblem, chip: Chip) -> None:

@@ -1,0 +1,76 @@
+"""Which kernel a product of rows grouped by expert runs as, and why; or why none fits.
+
+`choose_ragged` is to `quantized_ragged_dot` what `dispatch.choose` is to `quantized_dot_general`:
+the lowering asks it and runs the choice, and the plan asks it and shows the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.as_matrix import Kernel, Weight
+from jaxquant.pallas_kernels.dispatch import (
+    Choice,
+    Implementation,
+    Place,
+    check_floats,
+    settle,
+)
+from jaxquant.pallas_kernels.problem import RaggedProblem, Unsupported
+from jaxquant.pallas_kernels.ragged import RaggedProduct, flatten_ragged
+from jaxquant.pallas_kernels.tpu.select import select_ragged as select_tpu
+
+# By the names that JAX lowers for: `(problem, device_kind, forced) -> Kernel`, or `Unsupported`.
+SELECT: dict[str, Callable[[RaggedProblem, str, bool], Kernel]] = {"tpu": select_tpu}
+
+
+def choose_ragged(
+    x_shape: tuple[int, ...],
+    x_dtype: Any,
+    weight: Weight,
+    act: ActQuant | None,
+    place: Place,
+    *,
+    plain: bool,
+    out_dtype: Any,
+    precision: Any = None,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """Picks a kernel, or XLA with the reason against it.
+
+    Args:
+      x_shape: shape of the rows.
+      x_dtype: their dtype.
+      weight: the experts' static side.
+      act: how the rows are quantized first, or None.
+      place: where the program runs.
+      plain: whether rows are [m, k], experts [experts, k, n].
+      out_dtype: dtype of the result.
+      precision: as for lax.ragged_dot.
+      implementation: forces one; None for the best.
+
+    Returns:
+      The choice, whose `run` is a `RaggedProduct`.
+
+    Raises:
+      ValueError: "pallas" is forced, but no kernel fits; the message has the reason. Or an unknown
+        name.
+    """
+
+    def find(device_kind: str) -> Choice:
+        select = SELECT.get(place.platform)
+        if select is None:
+            raise Unsupported("there is no kernel for rows grouped by expert")
+        if (place.devices or 1) > 1 and not place.manual:
+            raise Unsupported(
+                f"{place.devices} devices share the program, whose partitioner takes no Pallas"
+                " calls (inside shard_map with every mesh axis manual they are used)"
+            )
+        check_floats(x_dtype, precision)
+        problem = flatten_ragged(x_shape, weight, act, out_dtype, plain)
+        kernel = select(problem, device_kind, implementation is not None)
+        return Choice(kernel.name, kernel.reason, RaggedProduct(problem, kernel, weight, act))
+
+    return settle(place, implementation, find)
