@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxquant.core.layout import MeshLayout
 from jaxquant.core.qtensor import QTensor
 
 Part = jax.Array | QTensor
@@ -27,14 +28,15 @@ class Unstructured(Exception):  # noqa: N818  (a condition that is handled, not 
 def map_parts(w: QTensor, fn: Callable[[Any], Any], codes: jax.Array, **static: Any) -> QTensor:
     """The weight with new codes and `fn` applied to scale, zero point and input scale.
 
-    Which axes its op sums over, and that its codes lie ready for that, is forgotten unless
-    `static` says so.
+    Which axes its op sums over, that its codes lie ready for that, and how it lies on a mesh is
+    forgotten unless `static` says so.
     """
     parts = {
         name: None if getattr(w, name) is None else fn(getattr(w, name))
         for name in ("scale", "zero_point", "input_scale")
     }
-    return w.replace(codes=codes, **parts, **{"contracted": None, "prepared": None, **static})
+    forgotten = {"contracted": None, "prepared": None, "mesh_layout": None}
+    return w.replace(codes=codes, **parts, **{**forgotten, **static})
 
 
 def kept_axes(w: QTensor, move: Callable[[int], int]) -> dict[str, Any]:
@@ -46,6 +48,11 @@ def kept_axes(w: QTensor, move: Callable[[int], int]) -> dict[str, Any]:
         return {}
     axes = tuple(sorted(move(axis + w.ndim) for axis in w.contracted))
     return {"contracted": axes, "prepared": w.prepared}
+
+
+def moved_layout(w: QTensor, sources: Sequence[int | None]) -> MeshLayout | None:
+    """How the weight lies on a mesh once its axes are these; None stands for one that is whole."""
+    return None if w.mesh_layout is None else w.mesh_layout.moved(sources, w.ndim)
 
 
 def on_part(
@@ -119,6 +126,7 @@ def transpose(w: QTensor, permutation: Sequence[int]) -> QTensor:
         lambda part: on_part(part, transpose, lax.transpose, permutation),
         lax.transpose(w.codes, permutation),
         packed_axis=packed,
+        mesh_layout=moved_layout(w, permutation),
         **kept_axes(w, lambda axis: permutation.index(axis) - w.ndim),
     )
 
@@ -141,6 +149,10 @@ def broadcast_in_dim(w: QTensor, shape: Sequence[int], dimensions: Sequence[int]
 
     codes = lax.broadcast_in_dim(w.codes, wide, dimensions)
     own = kept_axes(w, lambda axis: dimensions[axis] - len(shape))
+    sources: list[int | None] = [None] * len(shape)
+    for axis, d in enumerate(dimensions):
+        sources[d] = axis if old[axis] == shape[d] else None
+    own["mesh_layout"] = moved_layout(w, sources)
     return map_parts(w, spread, codes, packed_axis=packed, **own)
 
 
@@ -160,6 +172,7 @@ def squeeze(w: QTensor, dimensions: Sequence[int]) -> QTensor:
         lambda part: on_part(part, squeeze, lax.squeeze, axes),
         lax.squeeze(w.codes, axes),
         packed_axis=packed,
+        mesh_layout=moved_layout(w, [axis for axis in range(w.ndim) if axis not in gone]),
         **own,
     )
 
@@ -180,5 +193,8 @@ def rev(w: QTensor, dimensions: Sequence[int]) -> QTensor:
     dimensions = tuple(dimensions)
     w = unpacked_if(w, dimensions)
     return map_parts(
-        w, lambda part: on_part(part, rev, lax.rev, dimensions), lax.rev(w.codes, dimensions)
+        w,
+        lambda part: on_part(part, rev, lax.rev, dimensions),
+        lax.rev(w.codes, dimensions),
+        mesh_layout=w.mesh_layout,
     )

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.structure.basic import Part, Unstructured, map_parts, unpacked_if
+from jaxquant.core.structure.basic import (
+    Part,
+    Unstructured,
+    map_parts,
+    moved_layout,
+    unpacked_if,
+)
 
 
 def gather(
@@ -59,7 +65,11 @@ def gather(
     def gathered(part: Part) -> Part:
         return _gather_part(part, shape, indices, dn, slice_sizes, inner_mode)
 
-    result = map_parts(w, gathered, codes, packed_axis=packed)
+    sources: list[int | None] = [None] * codes.ndim
+    for axis in sorted(set(range(len(shape))) - touched - {*dn.collapsed_slice_dims}):
+        sources[_result_axis(axis, len(shape), dn)] = axis
+    layout = moved_layout(w, sources)
+    result = map_parts(w, gathered, codes, packed_axis=packed, mesh_layout=layout)
     if not fills:
         return result
     inside = _in_bounds(shape, indices, dn, slice_sizes)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.layout import MeshLayout
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.structure.basic import (
     Part,
@@ -23,6 +24,7 @@ from jaxquant.core.structure.basic import (
     broadcast_in_dim,
     check_growth,
     map_parts,
+    moved_layout,
     on_part,
     unpacked,
 )
@@ -60,7 +62,27 @@ def reshape(w: QTensor, shape: Sequence[int]) -> QTensor:
         lambda part: _reshape_part(part, plans[tuple(part.shape)]),
         lax.reshape(w.codes, held),
         packed_axis=None if kept is None else kept - len(new),
+        mesh_layout=_moved_layout(w, new),
     )
+
+
+def _moved_layout(w: QTensor, new: Sequence[int]) -> MeshLayout | None:
+    """How the weight lies then: what splits axes goes to the first axis that is made of them.
+
+    None where only a later one of several merged axes is split: no axis is then.
+    """
+    if w.mesh_layout is None:
+        return None
+    sources: list[int | None] = [None] * len(new)
+    names = w.mesh_layout.of_weight(w.ndim)
+    for ins, outs in _groups(w.shape, new):
+        split = [i for i in ins if names[i]]
+        large = [i for i in ins if w.shape[i] > 1]
+        if split and split != large[:1]:
+            return None
+        if split:
+            sources[next(j for j in outs if new[j] > 1)] = split[0]
+    return moved_layout(w, sources)
 
 
 def _kept_axis(old: Sequence[int], new: Sequence[int], w: QTensor) -> int | None:

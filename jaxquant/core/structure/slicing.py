@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxquant.core.layout import MeshLayout
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.structure.basic import (
     Part,
@@ -18,6 +19,7 @@ from jaxquant.core.structure.basic import (
     check_growth,
     kept_axes,
     map_parts,
+    moved_layout,
     on_part,
     unpacked,
     unpacked_if,
@@ -49,7 +51,9 @@ def slice(  # noqa: A001
     if not shape:
         return w
     codes = lax.slice(w.codes, *map(tuple, zip(*coded, strict=True)))
-    return map_parts(w, cut_part, codes, **kept_axes(w, lambda axis: axis - w.ndim))
+    layout = _sliced_layout(w, codes.shape)
+    own = kept_axes(w, lambda axis: axis - w.ndim)
+    return map_parts(w, cut_part, codes, mesh_layout=layout, **own)
 
 
 def _cut_blocks(
@@ -114,7 +118,13 @@ def dynamic_slice(w: QTensor, starts: Sequence[Any], sizes: Sequence[int]) -> QT
         held if n == z else z for held, n, z in zip(w.codes.shape, shape, sizes, strict=True)
     ]
     codes = lax.dynamic_slice(w.codes, starts, code_sizes)
-    return map_parts(w, cut, codes, **kept_axes(w, lambda axis: axis - w.ndim))
+    layout = _sliced_layout(w, sizes)
+    return map_parts(w, cut, codes, mesh_layout=layout, **kept_axes(w, lambda axis: axis - w.ndim))
+
+
+def _sliced_layout(w: QTensor, sizes: Sequence[int]) -> MeshLayout | None:
+    """A slice lies as the whole does, but for axes of which it is one element."""
+    return moved_layout(w, [axis if n > 1 else None for axis, n in enumerate(sizes)])
 
 
 def _static_start(start: Any, n: int, size: int) -> int | None:
@@ -151,6 +161,7 @@ def concatenate(ws: Sequence[QTensor], dimension: int) -> QTensor:
         input_scale=_join_input_scales(ws, d),
         contracted=None,
         prepared=None,
+        mesh_layout=first.mesh_layout if len({w.mesh_layout for w in ws}) == 1 else None,
     )
 
 
