@@ -84,14 +84,16 @@ def _by_rules(problem: MatmulProblem, chip: Chip) -> GpuConfig:
     reading = _reading(p, operand, few)
     scale = _scale_time(p, operand, few)
     bits = STORAGE[p.codes][1]
-    many = 64 if bits == 8 and operand == "bfloat16" else 128
-    bk = _step(p, scale, 8 * _LINE // bits if few else many)
+    wanted = 64 if bits == 8 and operand == "bfloat16" and not few else 128
+    if few and scale != "end":  # with one accumulator, twice the weights would wait in registers
+        wanted = 8 * _LINE // bits
+    bk = _step(p, scale, wanted)
     config = GpuConfig(
         bm=_rows(p, scale, few),
         bn=64,
         bk=bk,
         stages=_MOST_STAGES,
-        warpgroups=_warpgroups(p, scale, few),
+        warpgroups=_warpgroups(p, few),
         scale=scale,
         reading=reading,
         operand=operand,
@@ -141,10 +143,13 @@ def _rows(problem: MatmulProblem, scale: ScaleTime, few: bool) -> int:
     return 64 if scale == "after" else 128
 
 
-def _warpgroups(problem: MatmulProblem, scale: ScaleTime, few: bool) -> int:
-    """As many as have registers enough, and no more than the columns need."""
+def _warpgroups(problem: MatmulProblem, few: bool) -> int:
+    """As many as have registers enough, and no more than the columns need.
+
+    Two for zero points: the copy engine takes no fewer than 128 bytes of them.
+    """
     most = 4 if few and problem.m <= 32 else 2
-    return max(1, min(most, -(-problem.n // 64)))
+    return max(2 if problem.zero_point else 1, min(most, -(-problem.n // 64)))
 
 
 def _step(problem: MatmulProblem, scale: ScaleTime, wanted: int) -> int:

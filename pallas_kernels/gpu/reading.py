@@ -181,12 +181,20 @@ def assemble(planes: Sequence[jax.Array], dtype: Any, interpret: bool) -> jax.Ar
         registers = np.empty(target.registers_shape(shape), dtype=object)
         for p, array in enumerate(arrays):
             for at, word in np.ndenumerate(array.registers):
-                block = at[1] * len(planes) + p
-                registers[(at[0], block, *at[2:])] = vector.bitcast(register, word)
+                registers[place_of(at, p, len(planes))] = vector.bitcast(register, word)
         signed = True if dtype == jnp.int8 else None
         return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=signed)
 
     return regroup(*planes)
+
+
+def place_of(word: tuple[int, ...], plane: int, planes: int) -> tuple[int, ...]:
+    """Where the register of a plane of a word is among the operand's registers.
+
+    Both layouts count 64 rows, then blocks of columns, then the halves of a warp's rows; lanes and
+    warps hold the same rows and the same fourth of a block in both.
+    """
+    return (word[0], word[1] * planes + plane, *word[2:])
 
 
 def _element_type(dtype: Any) -> Any:
