@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.gpu_products import FORMATS, PLAIN, random_weight
+from jaxquant.core.primitives import quantized_dot_general
 from jaxquant.pallas_kernels.gpu.config import GpuConfig
 from jaxquant.pallas_kernels.gpu.matmul import quantized_matmul
+from jaxquant.pallas_kernels.gpu.quantize_rows import quantize_rows
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
 
 
@@ -43,3 +46,17 @@ def ours(problem: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any]:
         return quantized_matmul(**arrays, problem=p, config=c)
 
     return fn, (operands(p),)
+
+
+def rows(m: int, k: int, dtype: str, floats: str) -> tuple[Any, Any]:
+    """The quantization of activations."""
+    return lambda x: quantize_rows(x, dtype), (jax.ShapeDtypeStruct((m, k), jnp.dtype(floats)),)
+
+
+def product(form: str, m: int, k: int, n: int) -> tuple[Any, Any]:
+    """A product as a program has it: what dispatch makes of a format of `gpu_products`."""
+    shapes = jax.eval_shape(
+        lambda key: random_weight(key, k, n, FORMATS[form], None), jax.random.key(0)
+    )
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    return lambda x, w: quantized_dot_general(x, w, PLAIN), (x, shapes)

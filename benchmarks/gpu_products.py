@@ -59,8 +59,8 @@ FORMATS = {
 }
 
 
-def random_weight(key: Any, k: int, n: int, form: Format, platform: str) -> QTensor:
-    """A weight [k, n] of random codes, laid out for the platform."""
+def random_weight(key: Any, k: int, n: int, form: Format, platform: str | None) -> QTensor:
+    """A weight [k, n] of random codes, laid out for the platform; None leaves it as it is."""
     qtype = get_qtype(form.qtype)
     bits, scales = jax.random.split(key)
     group = form.group or k
@@ -80,7 +80,7 @@ def random_weight(key: Any, k: int, n: int, form: Format, platform: str) -> QTen
         codes, scale, zero, qtype=qtype, dtype=jnp.bfloat16, act=act, contracted=(-2,),
         packed_axis=-2 if qtype.packed else None, packed_length=k if qtype.packed else None,
     )  # fmt: skip
-    return jq.prepare(weight, platform)
+    return weight if platform is None else jq.prepare(weight, platform)
 
 
 @dataclasses.dataclass(frozen=True)
