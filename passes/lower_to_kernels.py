@@ -54,7 +54,8 @@ class LowerToKernels(Pass):
     """Chooses an implementation for each product.
 
     Attributes:
-      place: where the program will run; None for one device of the default kind.
+      place: where the program will run; None for devices of the default kind, as many as the
+        types of its arrays and the layouts of its weights say.
       implementation: "xla" or "pallas" to force one; None for the best.
     """
 
@@ -112,7 +113,8 @@ class LowerToKernels(Pass):
                 key = types, jax.tree.structure(w), axes, p["act"], p["precision"]
                 if key not in known:
                     dtype = out.aval.dtype
-                    product = Product(x.aval, w, axes, p["act"], dtype, p["precision"])
+                    sharding = _compat.explicit_sharding(out.aval)
+                    product = Product(x.aval, w, axes, p["act"], dtype, p["precision"], sharding)
                     known[key] = self._describe(product, place, eqn)
                 shapes = (tuple(x.aval.shape), w.shape)
                 found.append(Lowering(where, shapes, *known[key]))

@@ -38,7 +38,7 @@ def quantizing_passes(
       strict: raise `StrictError` where a weight would be dequantized.
       on_event: called with every decision about a weight.
       implementation: of all quantized products: "xla", "pallas", or None for the best.
-      place: where the program will run; None for one device of the default kind.
+      place: where the program will run; None for devices of the default kind.
     """
     return (
         InsertScales(weights, strict=strict, on_event=on_event),

@@ -12,12 +12,20 @@ from typing import Any
 from jax import lax
 
 from jaxquant.core.primitives.kernels import Product, choose_kernel, default_place
+from jaxquant.core.primitives.linear import result_dtype
+from jaxquant.core.primitives.ragged import choose_ragged_kernel, ragged_act
 from jaxquant.core.primitives.weights import act_quant, reference_dtype
 from jaxquant.core.qtensor import QTensor
+from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.dispatch import PLATFORMS, Implementation, Place
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
 from jaxquant.pallas_kernels.dot_method import choose_dot
-from jaxquant.pallas_kernels.reference_conv import choose_linear, conv_scales, ragged_scales
+from jaxquant.pallas_kernels.reference_conv import (
+    choose_linear,
+    conv_scales,
+    plain_ragged,
+    ragged_scales,
+)
 
 
 def describe_lowering(
@@ -35,7 +43,7 @@ def describe_lowering(
       w: the weight; its leaves may be avals.
       dimension_numbers: as for `quantized_dot_general`.
       weight_side: likewise.
-      place: where the program will run; None for one device of the default kind.
+      place: where the program will run; None for devices of the default kind.
 
     Returns:
       E.g. `("xla: int8 dot", "integer codes on both sides, int32 sums")`. On TPU and
@@ -81,16 +89,49 @@ def describe_conv(w: QTensor, dimension_numbers: lax.ConvDimensionNumbers) -> tu
     """Name and reason for `quantized_conv_general_dilated`."""
     features = w.shape[dimension_numbers.rhs_spec[0]]
     scales = conv_scales(tuple(w.scale.shape), dimension_numbers)
-    return _describe_linear("conv", w, w.size // max(features, 1), scales)
-
-
-def describe_ragged_dot(w: QTensor) -> tuple[str, str]:
-    """Name and reason for `quantized_ragged_dot` in its plain form."""
-    return _describe_linear("ragged dot", w, w.shape[1], ragged_scales(tuple(w.scale.shape)))
-
-
-def _describe_linear(op: str, w: QTensor, terms: int, scales: str | None) -> tuple[str, str]:
     act = w.act and act_quant(w.act, w.ndim, ())
+    return _describe_linear("conv", w, w.size // max(features, 1), scales, act)
+
+
+def describe_ragged_dot(
+    x: Any,
+    w: QTensor,
+    group_sizes: Any,
+    params: dict[str, Any],
+    *,
+    place: Place | None = None,
+) -> tuple[str, str]:
+    """Name and reason for `quantized_ragged_dot`.
+
+    Args:
+      x: the rows or their aval.
+      w: the experts; leaves may be avals.
+      group_sizes: rows of each expert, or their aval.
+      params: of the `ragged_dot_general` equation, or of the quantized one: then with "act", which
+        else is the experts' own.
+      place: where the program will run; None for one device of the default kind.
+
+    Raises:
+      ValueError: a forced implementation does not fit; the message says why.
+    """
+    place = place or default_place()
+    params = {"act": ragged_act(x, w, group_sizes, params), **params}
+    act, remark = params["act"], ""
+    if place.platform in PLATFORMS or params.get("implementation") is not None:
+        dtype = result_dtype(x, w, params["preferred_element_type"])
+        choice = choose_ragged_kernel(x, w, group_sizes, place=place, out_dtype=dtype, **params)
+        if choice.run is not None:
+            return choice.name, choice.reason
+        remark = f"; {choice.reason}"
+    plain = plain_ragged(x, w, group_sizes, params)
+    scales = ragged_scales(tuple(w.scale.shape)) if plain else None
+    name, reason = _describe_linear("ragged dot", w, w.shape[1] if plain else w.size, scales, act)
+    return name, reason + remark
+
+
+def _describe_linear(
+    op: str, w: QTensor, terms: int, scales: str | None, act: ActQuant | None
+) -> tuple[str, str]:
     choice = choose_linear(reference_dtype(w), terms, scales, w.zero_point is not None, act)
     return f"xla: {choice.method.value.format(op)}", choice.reason
 

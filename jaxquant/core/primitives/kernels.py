@@ -62,24 +62,10 @@ def choose_kernel(
     """
     x, w = product.x, product.w
     place = placed(place, x, w.codes, w.mesh_layout, product.axes, product.out_sharding)
-    codes = jnp.dtype(w.codes.dtype).name
-    if w.packed_axis is not None:
-        codes = w.qtype.name
-    elif w.qtype.table is not None:
-        codes = "table4"
-    weight = Weight(
-        codes,
-        w.shape,
-        tuple(w.scale.shape),
-        w.zero_point is not None,
-        w.qtype.table,
-        None if w.packed_axis is None else w.packed_axis + w.ndim,
-        w.prepared == place.platform,
-    )
     return choose(
         tuple(x.shape),
         jnp.promote_types(x.dtype, w.dtype),
-        weight,
+        static_side(w, place),
         product.axes,
         product.act,
         place,
@@ -89,10 +75,32 @@ def choose_kernel(
     )
 
 
+def static_side(w: QTensor, place: Place) -> Weight:
+    """What dispatch is told of a weight; its leaves may be avals."""
+    codes = jnp.dtype(w.codes.dtype).name
+    if w.packed_axis is not None:
+        codes = w.qtype.name
+    elif w.qtype.table is not None:
+        codes = "table4"
+    return Weight(
+        codes,
+        w.shape,
+        tuple(w.scale.shape),
+        w.zero_point is not None,
+        w.qtype.table,
+        None if w.packed_axis is None else w.packed_axis + w.ndim,
+        w.prepared == place.platform,
+    )
+
+
 def run_kernel(
-    choice: Choice, x: jax.Array, quantized: Sequence[jax.Array], w: QTensor
+    choice: Choice,
+    x: jax.Array,
+    quantized: Sequence[jax.Array],
+    w: QTensor,
+    *extras: jax.Array,
 ) -> jax.Array:
-    """Runs the kernel of a choice on a QTensor's parts."""
+    """Runs the kernel of a choice on a QTensor's parts; `extras` are the operands behind them."""
     assert choice.run is not None
     scale = w.scale.dequantize() if isinstance(w.scale, QTensor) else w.scale
     pair = (quantized[0], quantized[1]) if quantized else None
@@ -103,6 +111,7 @@ def run_kernel(
         scale,
         w.zero_point,
         w.input_scale,
+        *extras,
     )
 
 
@@ -120,7 +129,7 @@ def planned_for(place: Place | None) -> Iterator[None]:
 
 
 def default_place() -> Place:
-    """Where a plan is read: as `planned_for` says, else one device of the default kind."""
+    """Where a plan is read: as `planned_for` says, else devices of the default kind."""
     place = _planned.get()
     if place is not None:
         return place
