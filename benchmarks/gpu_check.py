@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ import numpy as np
 
 from benchmarks.gpu_timing import require_gpu
 from jaxquant.pallas_kernels import packing, reference
+from jaxquant.pallas_kernels.activation import GREATEST, ActQuant, quantize_activation
 from jaxquant.pallas_kernels.gpu.chips import Chip, chip_of
 from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem, Unsupported
 from tests.pallas_kernels.tpu.cases import TABLE, Case, make
@@ -65,7 +67,7 @@ def main() -> None:
     if chip is None and not arguments.dry_run:
         raise SystemExit(f"there are no kernels for {kind}")
     counts: collections.Counter[str] = collections.Counter()
-    failures = decoder_failures(chip)
+    failures = decoder_failures(chip) + ([] if chip is None else rows_failures())
     until = time.monotonic() + arguments.seconds
     seed = arguments.seed
     while seed == arguments.seed or time.monotonic() < until:
@@ -190,6 +192,27 @@ def by_xla(problem: MatmulProblem) -> Attempt:
         )  # fmt: skip
 
     return Attempt("xla", fn, 1e-5)
+
+
+def rows_failures() -> list[str]:
+    """The quantization of activations in one launch: scales to the bit, codes but for ties."""
+    from jaxquant.pallas_kernels.gpu.quantize_rows import quantize_rows
+
+    wrong = []
+    for dtype in GREATEST:
+        for k in (128, 640, 4096, 5504, 28672):
+            x = jax.random.normal(jax.random.key(k), (33, k), jnp.bfloat16)
+            x = x.at[3].set(0).at[5, k // 2].set(jnp.nan)
+            codes, scale = jax.jit(functools.partial(quantize_rows, dtype=dtype))(x)
+            act = ActQuant(dtype, (1,))
+            want, want_scale = jax.jit(functools.partial(quantize_activation, act=act))(x)
+            if not np.array_equal(scale, want_scale, equal_nan=True):
+                wrong.append(f"quantize_rows: scales of {dtype}, k = {k}")
+            pair = [np.delete(np.asarray(c, np.float32), 5, 0) for c in (codes, want)]
+            step = 1.0 if dtype == "int8" else 2.0**-2 * np.maximum(np.abs(pair[1]), 2.0**-6)
+            if not (np.abs(pair[0] - pair[1]) <= step).all() or (pair[0] != pair[1]).mean() > 1e-3:
+                wrong.append(f"quantize_rows: codes of {dtype}, k = {k}")
+    return wrong
 
 
 def decoder_failures(chip: Chip | None) -> list[str]:

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from jax import lax
 from jax.experimental.layout import Format, Layout
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxquant.core import prepared, structure
 from jaxquant.core.quantize_array import quantize_array
 
+DEVICES = jax.devices()[:4]
 # qtype and group; int4 and nf4 codes travel as bytes.
 KINDS = [("int8", None), ("int4", 2), ("nf4", 2), ("int2", None), ("float8_e4m3", None)]
 
@@ -99,6 +101,18 @@ def test_numpy_codes_go_to_the_default_device():
     laid = prepared.lay_out(w, "cuda")
     assert order_in_memory(laid.codes) == (1, 0)
     np.testing.assert_array_equal(laid.codes, w.codes)
+
+
+def test_sharded_weights_stay_where_they_are():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=DEVICES)
+    w = weight((8, 4), (-2,), group=2)
+    sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
+    w = jax.device_put(w, sharding)
+    laid = prepared.lay_out(w, "cuda")
+    assert laid.codes.sharding == sharding and order_in_memory(laid.codes) == (1, 0)
+    np.testing.assert_array_equal(laid.codes, w.codes)
+    double = jax.jit(lambda w: w.dequantize() * 2)
+    np.testing.assert_array_equal(double(laid), double(w))
 
 
 def test_tracers_have_no_layout():
