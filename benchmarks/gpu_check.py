@@ -206,7 +206,10 @@ def rows_failures() -> list[str]:
             codes, scale = jax.jit(functools.partial(quantize_rows, dtype=dtype))(x)
             act = ActQuant(dtype, (1,))
             want, want_scale = jax.jit(functools.partial(quantize_activation, act=act))(x)
-            if not np.array_equal(scale, want_scale, equal_nan=True):
+            if not np.isnan(scale[5, 0]):
+                wrong.append(f"quantize_rows: {dtype}, k = {k}: a NaN is lost")
+            pair = [np.delete(np.asarray(c, np.float32), 5, 0) for c in (scale, want_scale)]
+            if not np.array_equal(*pair):
                 wrong.append(f"quantize_rows: scales of {dtype}, k = {k}")
             pair = [np.delete(np.asarray(c, np.float32), 5, 0) for c in (codes, want)]
             step = 1.0 if dtype == "int8" else 2.0**-2 * np.maximum(np.abs(pair[1]), 2.0**-6)
