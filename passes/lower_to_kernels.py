@@ -9,6 +9,7 @@ equations, and one that does not fit is an error before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from jaxquant.passes.pass_manager import Pass, PassResult
 from jaxquant.passes.program import Program
 
 _DOTS = (primitives.quantized_dot_general_p, primitives.quantized_dots_p)
+_PRODUCTS = (*_DOTS, primitives.quantized_ragged_dot_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ class LowerToKernels(Pass):
             lowering
             for body in all_bodies(program.jaxpr)
             for eqn in body.eqns
-            if eqn.primitive in _DOTS
+            if eqn.primitive in _PRODUCTS
             for lowering in describe(eqn)
         )
         closed = program.jaxpr
@@ -92,7 +94,7 @@ class LowerToKernels(Pass):
         return replace_eqns(jaxpr, [self._pinned(eqn) for eqn in jaxpr.eqns])
 
     def _pinned(self, eqn: Any) -> Any:
-        if eqn.primitive not in _DOTS or eqn.params["implementation"] == self.implementation:
+        if eqn.primitive not in _PRODUCTS or eqn.params["implementation"] == self.implementation:
             return eqn
         return eqn.replace(params={**eqn.params, "implementation": self.implementation})
 
@@ -105,6 +107,23 @@ class LowerToKernels(Pass):
             stored = jax.tree_util.tree_unflatten(p["tree"], [leaf.aval for leaf in leaves])
             several = eqn.primitive is primitives.quantized_dots_p
             where = shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn)
+            if eqn.primitive is primitives.quantized_ragged_dot_p:
+                w, group_sizes = stored
+                params = {**p, "implementation": self.implementation}
+                key = x.aval, *jax.tree.leaves(w), jax.tree.structure(w), p["act"], p["precision"]
+                if key not in known:
+                    known[key] = _told(
+                        eqn,
+                        functools.partial(
+                            primitives.describe_ragged_dot,
+                            x.aval,
+                            w,
+                            group_sizes,
+                            params,
+                            place=place,
+                        ),
+                    )
+                return [Lowering(where, (tuple(x.aval.shape), w.shape), *known[key])]
             where += " or a sibling" * several
             found = []
             for w, out in zip(stored if several else [stored], eqn.outvars, strict=True):
@@ -115,16 +134,23 @@ class LowerToKernels(Pass):
                     dtype = out.aval.dtype
                     sharding = _compat.explicit_sharding(out.aval)
                     product = Product(x.aval, w, axes, p["act"], dtype, p["precision"], sharding)
-                    known[key] = self._describe(product, place, eqn)
+                    known[key] = _told(
+                        eqn,
+                        functools.partial(
+                            primitives.describe_product, product, place, self.implementation
+                        ),
+                    )
                 shapes = (tuple(x.aval.shape), w.shape)
                 found.append(Lowering(where, shapes, *known[key]))
             return found
 
         return describe
 
-    def _describe(self, product: Product, place: Place, eqn: Any) -> tuple[str, str]:
-        try:
-            return primitives.describe_product(product, place, self.implementation)
-        except ValueError as error:
-            error.add_note(f"jaxquant: the product at {_compat.source_line(eqn)}")
-            raise
+
+def _told(eqn: Any, describe: Callable[[], tuple[str, str]]) -> tuple[str, str]:
+    """What `describe` says; an error names the user's line."""
+    try:
+        return describe()
+    except ValueError as error:
+        error.add_note(f"jaxquant: the product at {_compat.source_line(eqn)}")
+        raise

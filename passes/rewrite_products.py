@@ -49,7 +49,9 @@ def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight, group_sizes = weight_on_the_right(ins, "the left side of a ragged dot")
     w = _without_act(weight.value, ctx)
     out = primitives.bind_ragged_dot(x, w, group_sizes, **ctx.params)
-    report_quantized(ctx, weight, lambda: primitives.describe_ragged_dot(w))
+    report_quantized(
+        ctx, weight, lambda: primitives.describe_ragged_dot(x, w, group_sizes, ctx.params)
+    )
     return [_as(out, ctx)]
 
 

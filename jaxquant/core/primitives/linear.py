@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jaxquant.core import _compat
-from jaxquant.core.primitives.dot import check_quantized, split_operands
+from jaxquant.core.primitives.dot import check_quantized, register_lowerings, split_operands
+from jaxquant.core.primitives.kernels import run_kernel
 from jaxquant.core.primitives.weights import (
     batch_in_front,
     bind_leaves,
@@ -25,6 +26,7 @@ from jaxquant.core.primitives.weights import (
 )
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.dispatch import PLATFORMS, Choice, Place
 
 
 def make_linear_primitive(
@@ -33,17 +35,20 @@ def make_linear_primitive(
     compute: Callable[..., jax.Array],
     *,
     batch_together: bool = False,
+    choose: Callable[..., Choice] | None = None,
 ) -> Any:
     """A primitive over `(x, *leaves of w, *extras)`, or with codes and scale of x behind x.
 
     Args:
       name: its name.
       float_primitive: the primitive of `(x, w, *extras)` that it stands for; has the same
-        parameters, but for `act` and `x_quantized`.
+        parameters, but for `act`, `x_quantized` and, with `choose`, `implementation`.
       compute: `(x, w, *extras, act, quantized_x, **parameters)` to the result, linear in x if
         `act` is None; `quantized_x` is nothing, or x's codes and scale.
       batch_together: vmap gives every operand a leading batch axis before it batches `compute`.
         JAX's ragged dot can be batched in no other way.
+      choose: `(x, w, *extras, place=, out_dtype=, **parameters)` of abstract values to the kernel
+        that the product is lowered to, or XLA; None where there are no kernels.
 
     Returns:
       The primitive with all its rules. Batching inlines `compute`.
@@ -61,6 +66,7 @@ def make_linear_primitive(
         x, quantized, leaves = split_operands(args, x_quantized)
         check_quantized(x, quantized, act)
         w, *extras = unflatten_all(tree, leaves)
+        params.pop("implementation", None)  # of no influence on types
         return float_primitive.abstract_eval(x, logical_aval(w), *extras, **params)[0]
 
     def jvp(
@@ -73,6 +79,8 @@ def make_linear_primitive(
         if not _compat.has_tangent(x_tangent):
             return out, _compat.zero_tangent(out)
         params |= {"act": None, "x_quantized": False}
+        if "implementation" in params:  # derivatives choose for themselves
+            params["implementation"] = None
         return out, primitive.bind(x_tangent, *leaves, tree=tree, **params)
 
     def transpose(cotangent: Any, x: Any, *leaves: Any, tree: Any, **params: Any) -> list[Any]:
@@ -90,6 +98,11 @@ def make_linear_primitive(
     def batch(
         axis_data: Any, args: Any, dims: Any, *, tree: Any, x_quantized: bool, **params: Any
     ) -> tuple[jax.Array, int]:
+        if params.get("implementation") == "pallas":
+            raise ValueError(
+                f"implementation='pallas', but vmap makes XLA's operations of a {name}; leave it"
+                " out, or map by hand (jax.lax.map)"
+            )
         x, quantized, leaves = split_operands(args, x_quantized)
         x_dim, quantized_dims, leaf_dims = split_operands(dims, x_quantized)
         leaves, leaf_dims = _equalize(tree, leaves, leaf_dims, axis_data.size)
@@ -104,8 +117,31 @@ def make_linear_primitive(
 
         return jax.vmap(one, at, axis_size=axis_data.size)(*operands), 0
 
+    def lower(
+        ctx: Any, *args: Any, platform: str, tree: Any, x_quantized: bool, **params: Any
+    ) -> Any:
+        choice, surroundings = None, {}
+        if choose and (platform in PLATFORMS or params["implementation"] == "pallas"):
+            device, devices, manual = _compat.lowering_devices(ctx)
+            kind = None if device is None else device.device_kind
+            place = Place(platform or "a platform without kernels", kind, devices, manual)
+            x, _, leaves = split_operands(ctx.avals_in, x_quantized)
+            operands = (x, *unflatten_all(tree, leaves))
+            dtype = ctx.avals_out[0].dtype
+            choice = choose(*operands, place=place, out_dtype=dtype, **params)
+            if choice.run is not None:
+                surroundings["device"] = _compat.abstract_device(device)
+
+        def fn(*args: jax.Array) -> jax.Array:
+            if choice is None or choice.run is None:
+                return flat(*args, tree=tree, x_quantized=x_quantized, **params)
+            x, quantized, leaves = split_operands(args, x_quantized)
+            return run_kernel(choice, x, quantized, *unflatten_all(tree, leaves))
+
+        return _compat.lower_without_shardings(fn, **surroundings)(ctx, *args)
+
     primitive.def_abstract_eval(abstract_eval)
-    mlir.register_lowering(primitive, _compat.lower_without_shardings(flat))
+    register_lowerings(primitive, lower)
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch

@@ -1,7 +1,8 @@
 """`quantized_ragged_dot`: rows grouped by expert, times quantized experts, as a JAX primitive.
 
 The rows are quantized only if the experts' activation scheme says so, which takes a rule that names
-ragged dots. Called by the rewriter's rule for ragged_dot_general.
+ragged dots. It is lowered to the kernel that `choose_ragged_kernel` names, or to the reference.
+Called by the rewriter's rule for ragged_dot_general.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core import _compat
+from jaxquant.core.primitives.kernels import static_side
 from jaxquant.core.primitives.linear import (
     bind_linear,
     float_parameters,
@@ -24,6 +26,13 @@ from jaxquant.core.primitives.weights import act_quant, reference_parts
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference_conv
 from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.dispatch import (
+    Choice,
+    Implementation,
+    Place,
+    check_implementation,
+)
+from jaxquant.pallas_kernels.ragged_dispatch import choose_ragged
 
 _PLAIN = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (1,)), ((), ())),
@@ -40,6 +49,7 @@ def quantized_ragged_dot(
     *,
     precision: Any = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """`lax.ragged_dot_general(x, w, group_sizes)` with quantized experts.
 
@@ -55,13 +65,15 @@ def quantized_ragged_dot(
       dimension_numbers: for other forms, as lax.ragged_dot_general takes them.
       precision: as for lax.ragged_dot.
       preferred_element_type: dtype of the result.
+      implementation: "xla" or "pallas" to force one; None for the best on the platform. A forced
+        kernel that does not fit is an error when the product is lowered, or mapped by vmap.
 
     Returns:
       Array of the float product's shape and dtype, [m, n] in the plain form.
 
     Raises:
       TypeError: shapes or dtypes do not fit (the message is lax.ragged_dot_general's).
-      ValueError: a static activation scheme without input_scale.
+      ValueError: a static activation scheme without input_scale; an unknown implementation.
     """
 
     def float_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -74,16 +86,72 @@ def quantized_ragged_dot(
             preferred_element_type=preferred_element_type,
         )
 
-    return bind_ragged_dot(x, w, group_sizes, **float_parameters(float_dot, x, w, group_sizes))
+    params = float_parameters(float_dot, x, w, group_sizes)
+    params["implementation"] = check_implementation(implementation)
+    return bind_ragged_dot(x, w, group_sizes, **params)
 
 
-def bind_ragged_dot(x: jax.Array, w: QTensor, group_sizes: jax.Array, **params: Any) -> jax.Array:
+def bind_ragged_dot(
+    x: jax.Array,
+    w: QTensor,
+    group_sizes: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    **params: Any,
+) -> jax.Array:
     """Binds the primitive with the parameters of a `ragged_dot_general` equation."""
-    act = None
-    if w.act is not None:
-        plain = reference_conv.plain_ragged(x, w, group_sizes, params)
-        act = act_quant(w.act, jnp.ndim(x), (1,) if plain else range(jnp.ndim(x)))
+    act = ragged_act(x, w, group_sizes, params)
+    params["implementation"] = implementation
     return bind_linear(quantized_ragged_dot_p, x, w, group_sizes, act=act, **params)
+
+
+def ragged_act(x: Any, w: QTensor, group_sizes: Any, params: dict[str, Any]) -> ActQuant | None:
+    """What the experts say of the rows: one scale a row in the plain form, else one in all."""
+    if w.act is None:
+        return None
+    plain = reference_conv.plain_ragged(x, w, group_sizes, params)
+    return act_quant(w.act, jnp.ndim(x), (1,) if plain else range(jnp.ndim(x)))
+
+
+def choose_ragged_kernel(
+    x: Any,
+    w: QTensor,
+    group_sizes: Any,
+    *,
+    act: ActQuant | None,
+    place: Place,
+    out_dtype: Any,
+    precision: Any,
+    implementation: Implementation | None = None,
+    **params: Any,
+) -> Choice:
+    """The kernel for a ragged dot, or XLA and why; asked by the lowering and by the plan.
+
+    Args:
+      x: the rows or their aval.
+      w: the experts; leaves may be avals.
+      group_sizes: rows of each expert, or their aval.
+      act: how the rows are quantized first, or None.
+      place: where the program runs.
+      out_dtype: dtype of the result.
+      precision: as for lax.ragged_dot.
+      implementation: forces one.
+      **params: the other parameters of the equation.
+
+    Raises:
+      ValueError: the forced one does not fit.
+    """
+    return choose_ragged(
+        tuple(x.shape),
+        jnp.promote_types(x.dtype, w.dtype),
+        static_side(w, place),
+        act,
+        place,
+        plain=reference_conv.plain_ragged(x, w, group_sizes, params),
+        out_dtype=out_dtype,
+        precision=precision,
+        implementation=implementation,
+    )
 
 
 def _compute(
@@ -94,10 +162,11 @@ def _compute(
     act: ActQuant | None,
     quantized_x: Sequence[jax.Array],
     preferred_element_type: Any,
+    implementation: Any = None,
     out_sharding: Any = None,
     **params: Any,
 ) -> jax.Array:
-    del out_sharding  # the output's aval has it
+    del implementation, out_sharding  # this is XLA's; the output's aval has the sharding
     dtype = result_dtype(x, w, preferred_element_type)
     x = x.astype(jnp.promote_types(x.dtype, w.dtype))
     parts = (*reference_parts(w), w.input_scale)
@@ -107,5 +176,9 @@ def _compute(
 
 
 quantized_ragged_dot_p = make_linear_primitive(
-    "quantized_ragged_dot", _compat.ragged_dot_general_p, _compute, batch_together=True
+    "quantized_ragged_dot",
+    _compat.ragged_dot_general_p,
+    _compute,
+    batch_together=True,
+    choose=choose_ragged_kernel,
 )

@@ -139,7 +139,8 @@ def test_ragged_dot(block, sizes):
     xs = jnp.stack([x, -2 * x])
     close(jax.jit(jax.vmap(fn))(xs), jnp.stack([want(x), -2 * want(x)]))
     on_codes = block[1] == 8
-    assert ("on codes" in describe_ragged_dot(w)[0]) == on_codes
+    params = jax.make_jaxpr(lambda x: quantized_ragged_dot(x, w, sizes))(x).eqns[-1].params
+    assert ("on codes" in describe_ragged_dot(x, w, sizes, params)[0]) == on_codes
 
 
 @pytest.mark.parametrize("qtype", ["int8", "int3", "nf4", "nvfp4", "float8_e4m3"])
@@ -258,7 +259,8 @@ def test_ragged_dot_of_int8_rows(sizes):
     close(fn(x), lax.ragged_dot(jnp.asarray(rounded(x, (1,)), jnp.float32), dequantize(w), sizes))
     hlo = fn.lower(x).as_text()
     assert "xi8>" in hlo and "xi32>" in hlo
-    assert describe_ragged_dot(w)[0] == "xla: int8 ragged dot"
+    params = jax.make_jaxpr(lambda x: quantized_ragged_dot(x, w, sizes))(x).eqns[-1].params
+    assert describe_ragged_dot(x, w, sizes, params)[0] == "xla: int8 ragged dot"
     plain = lambda x: quantized_ragged_dot(x, w.replace(act=None), sizes).sum()  # noqa: E731
     close(jax.grad(lambda x: fn(x).sum())(x), jax.grad(plain)(x))
     xs = jnp.stack([x, -2 * x])
