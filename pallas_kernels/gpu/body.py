@@ -20,12 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.pallas_kernels.gpu import epilogue, reading
-from jaxquant.pallas_kernels.gpu.config import GpuConfig, is_outside, needs_sums, out_dtype
+from jaxquant.pallas_kernels.gpu.config import AXIS, GpuConfig, is_outside, needs_sums, out_dtype
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
 
 Refs = dict[str, Any]
 
-AXIS = "wg"
 # Registers of the loading warpgroup; the others share what it leaves.
 _MEMORY_REGISTERS = 40
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(1)

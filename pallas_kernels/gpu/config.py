@@ -20,6 +20,7 @@ ScaleTime = Literal["end", "after", "before"]
 # "bits", by masks on 32-bit words, for which x's columns are put in another order.
 Reading = Literal["direct", "cast", "bits"]
 
+AXIS = "wg"  # of warpgroups, in kernels
 _MOST_TOGETHER = 128
 
 

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.pallas_kernels.gpu import epilogue, reading
-from jaxquant.pallas_kernels.gpu.body import AXIS, matmul_body, scratch_types, streamed, sums_width
-from jaxquant.pallas_kernels.gpu.config import GpuConfig, is_outside, out_dtype
+from jaxquant.pallas_kernels.gpu.body import matmul_body, scratch_types, streamed, sums_width
+from jaxquant.pallas_kernels.gpu.config import AXIS, GpuConfig, is_outside, out_dtype
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
 
 

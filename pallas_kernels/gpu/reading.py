@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 
-from jaxquant.pallas_kernels.gpu.config import GpuConfig
+from jaxquant.pallas_kernels.gpu.config import AXIS, GpuConfig
 
 # Words [64, w] by lanes: a warp has 16 rows, each four lanes two of these, and a lane of the four
 # every fourth word. The same lanes have the same rows in the layouts that wgmma reads.
@@ -40,7 +40,7 @@ WORDS = plgpu.Layout.TILED(
 )
 # Two bfloat16 numbers 128 + 8: low bits of their mantissas count 1, and xor turns the sign bit of
 # two's complement into the 8 of an offset.
-_MAGIC = 0x43084308
+MAGIC = 0x43084308
 # As signed numbers, the halves' sign bits 0x80008000 and the bytes' upper nibbles 0xF0F0F0F0.
 _SIGNS = 0x80008000 - 2**32
 _HIGH_NIBBLES = 0xF0F0F0F0 - 2**32
@@ -123,13 +123,18 @@ def convert(array: jax.Array, codes: str, config: GpuConfig, interpret: bool) ->
       `config.operand` in the layout that wgmma takes; what `words_of` says is still in it.
     """
     if config.reading == "bits":
-        return assemble(planes_of(array, codes, config), config.operand, interpret)
+        # A sum of zero that compilers do not see through: else each mask's xor has a move of the
+        # constant in front, since an instruction takes one immediate only.
+        magic: Any = MAGIC
+        if not interpret:
+            magic = MAGIC | lax.shift_right_logical(lax.axis_index(AXIS), 20)
+        return assemble(planes_of(array, codes, config, magic), config.operand, interpret)
     if not interpret:
         array = plgpu.layout_cast(array, plgpu.Layout.WGMMA)
     return array.astype(config.operand)
 
 
-def planes_of(words: Any, codes: str, config: GpuConfig) -> list[Any]:
+def planes_of(words: Any, codes: str, config: GpuConfig, magic: Any = MAGIC) -> list[Any]:
     """Planes of int32 words: what `assemble` takes.
 
     Of int4 for bfloat16, plane i holds the codes i and i + 4, as 136 + code; for int8 the even
@@ -141,7 +146,7 @@ def planes_of(words: Any, codes: str, config: GpuConfig) -> list[Any]:
         high = [words << 8, words]  # codes in the upper bytes of the halves
         return [((w >> shift) & (0x7F007F00 >> shift)) | (w & _SIGNS) for w in high]
     if config.operand == "bfloat16":
-        return [((words >> (4 * i)) & 0x000F000F) ^ _MAGIC for i in range(4)]
+        return [((words >> (4 * i)) & 0x000F000F) ^ magic for i in range(4)]
     return [(words << 4) & _HIGH_NIBBLES, words & _HIGH_NIBBLES]
 
 
