@@ -226,7 +226,7 @@ def decoder_failures(chip: Chip | None) -> list[str]:
 
     model = jq.quantize("w4a16_g128")(linen.Decoder(SMALL))
     tokens = jnp.arange(24).reshape(2, 12)
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     quantized = jq.ptq(model, variables, tokens, progress=False)
     ready = jq.prepare(quantized, "cuda")
     want = jq.compile(model, quantized, tokens, implementation="xla")(quantized, tokens)

@@ -32,6 +32,24 @@ def test_a_program_calls_once_for_each_set_in_turn():
     assert run.lower(sets).compile().as_text().count(" dot(") == 5  # none is left out or joined
 
 
+def test_a_timing_is_the_median_of_the_kernels_of_a_call(monkeypatch):
+    profiler = pytest.importorskip("jax.experimental.mosaic.gpu.profiler")
+    runs = [[("a", 0.002 * i), ("b", 0.001)] for i in (3, 1, 2, 9, 2, 2, 2)]  # milliseconds
+
+    def measure(compiled, *, aggregate, iterations):
+        assert not aggregate and iterations == len(runs)
+        return lambda *arguments: (compiled(*arguments), runs)
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    x = jnp.ones(3)
+    timing = gpu_timing.measure(jax.jit(lambda x: x + 1), (x,), calls=2)
+    assert timing.device == pytest.approx(2.5) and timing.kernels == 1
+    assert timing.wall > 0
+    monkeypatch.setattr(profiler, "measure", lambda *a, **k: lambda *arguments: (x, None))
+    with pytest.raises(RuntimeError, match="CUPTI reported no kernel"):
+        gpu_timing.measure(jax.jit(lambda x: x + 1), (x,), calls=2)
+
+
 def test_weights_outgrow_the_cache_and_no_program_is_endless():
     assert gpu_timing.rotation(2**20) == 64
     assert gpu_timing.rotation(8 * 2**20) * 8 * 2**20 >= gpu_timing.ROTATION_BYTES
