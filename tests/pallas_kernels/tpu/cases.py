@@ -26,11 +26,12 @@ _CODES = {
 
 
 class Case(NamedTuple):
-    """Arrays by the names of `quantized_matmul`, and the answer."""
+    """Arrays by the names of `quantized_matmul`, the answer, and the weight they stand for."""
 
     arrays: dict[str, Any]
     want: np.ndarray
     scale_of_errors: np.ndarray
+    weight: np.ndarray
 
 
 def make(problem: MatmulProblem, seed: int = 0) -> Case:
@@ -69,7 +70,7 @@ def make(problem: MatmulProblem, seed: int = 0) -> Case:
     if p.gate:
         gate = arrays["gate"].astype(np.float64)
         want = want * gate / (1 + np.exp(-gate))
-    return Case(arrays, want + arrays.get("residual", 0.0), reach)
+    return Case(arrays, want + arrays.get("residual", 0.0), reach, w)
 
 
 def run(problem: MatmulProblem, config: MatmulConfig, case: Case, interpret: Any = True) -> Any:
