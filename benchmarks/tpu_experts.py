@@ -1,6 +1,6 @@
 """Static figures of products of rows grouped by expert, beside XLA's own. No hardware is timed.
 
-`python -m benchmarks.tpu_experts [--chips v5e v6e]` writes benchmarks/results/tpu-experts.{json,md}.
+`python -m benchmarks.tpu_experts [--chips v5e v6e]` writes results/tpu-experts.{json,md}.
 The kernel: schedule of a visit (bundles, by the compiler) times the visits of rows that are spread
 evenly, or the bytes of the experts in use over the bandwidth, whichever takes longer. XLA: its
 bytes alone, a floor (the estimator has no cycles for its fusion), with the experts it writes out in
@@ -30,7 +30,7 @@ from jaxquant.pallas_kernels.tpu.heuristics import choose_ragged_config
 from jaxquant.pallas_kernels.tpu.ragged import ragged_matmul
 
 NOTE = (
-    "Estimates of the TPU compiler (libtpu), no timing on hardware. Kernel: max(bundles of a visit x"
+    "Estimates of the TPU compiler (libtpu), no timing on hardware. Kernel: max(bundles a visit x"
     " visits / clock, bytes of the experts in use / bandwidth). XLA: bytes / bandwidth, a floor."
 )
 FORMATS: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from benchmarks.tpu_aot import Job, available, measure
-from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
-from jaxquant.pallas_kernels.tpu.heuristics import choose_config
+from jaxquant.pallas_kernels.tpu.heuristics import choose_config, choose_ragged_config
 
 pytestmark = pytest.mark.skipif(
     not available(),
@@ -42,6 +42,13 @@ PROBLEMS = {
     "prefill table": MatmulProblem(256, 256, 256, "table4", group=64),
     "prefill ragged": MatmulProblem(130, 96, 300, "int4", group=32),
 }
+EXPERTS = {
+    "w4a16 experts": MatmulProblem(16, 512, 512, **W4A16, zero_point=True),
+    "w4a8 experts": MatmulProblem(40, 512, 512, **W4A16, **INT8),
+    "w2a16 experts": MatmulProblem(16, 512, 256, "int2", group=64),
+    "prefill w8a8 experts": MatmulProblem(500, 512, 256, "int8", **INT8),
+    "prefill w4a16 experts": MatmulProblem(1024, 512, 512, **W4A16),
+}
 
 
 @pytest.mark.parametrize("chip", sorted(CHIPS))
@@ -54,6 +61,12 @@ def test_every_kernel_compiles(chip):
         )
         for name, problem in PROBLEMS.items()
     ]
+    for name, problem in EXPERTS.items():
+        arguments = {"product": dataclasses.asdict(problem), "experts": 4, "chip": chip}
+        jobs.append(Job(name, "benchmarks.tpu_experts:kernel", arguments))
+    experts = {"m": 16, "k": 512, "n": 256, "experts": 4, "codes": "int4", "group": 128}
+    experts |= {"act": True, "implementation": ""}
+    jobs.append(Job("experts", "benchmarks.tpu_experts:product", experts))
     product = {"m": 16, "k": 512, "n": 256, "group": 64}
     jobs.append(Job("product", "benchmarks.tpu_cases:product", {**product, "qtype": "int4"}))
     channel = {**product, "group": 0, "qtype": "int8"}
@@ -63,8 +76,11 @@ def test_every_kernel_compiles(chip):
         jobs.append(Job(f"prefill {dtype}", "benchmarks.tpu_cases:quantize_in_front", rows))
     got = measure(jobs, chip, profile=False)
     assert {n: s.error for n, s in got.items() if s.error} == {}
-    for name, problem in PROBLEMS.items():
-        static, config = got[name], choose_config(problem, CHIPS[chip])
+    configs = {n: choose_config(p, CHIPS[chip]) for n, p in PROBLEMS.items()}
+    for name, problem in EXPERTS.items():
+        configs[name] = choose_ragged_config(RaggedProblem(problem, 4), CHIPS[chip])
+    for name, config in configs.items():
+        static = got[name]
         assert static.kernels == 1, name
         assert 0 < static.vmem <= config.vmem_limit_bytes <= CHIPS[chip].vmem_bytes, name
         assert static.bundles > 0 and sum(static.units.values()) > 0, name
@@ -73,7 +89,7 @@ def test_every_kernel_compiles(chip):
     most = 64 if jax.__version_info__ >= (0, 12) else 512
     spills = {n: s.spills for n, s in got.items() if "prefill" not in n and s.spills > most}
     assert chip == "v4" or spills == {}
-    assert got["product"].kernels == 1
+    assert got["product"].kernels == got["experts"].kernels == 1
     assert got["channel"].kernels == 0
 
 
