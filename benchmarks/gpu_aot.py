@@ -66,9 +66,9 @@ class Kernel:
     Attributes:
       registers: a thread's.
       spills: bytes of spill stores and loads.
-      complaints: ptxas' codes of "potential performance loss", such as C7512 for wgmma that wait
-        for each other. C7504 (setmaxnreg is ignored) is left out: jaxlib links kernels, so all
-        warpgroups get an equal share of the registers.
+      complaints: ptxas' codes where it serializes wgmma, such as C7512 for want of registers. (It
+        also says C7504, setmaxnreg is ignored: jaxlib links kernels with nvJitLink, if that is
+        installed, and so all warpgroups get an equal share of the registers.)
       stack: bytes of stack frame.
       shared: bytes of shared memory a block, dynamic and static.
       mma: tensor core instructions in the PTX by their shape and types.
@@ -233,7 +233,7 @@ def _read_kernel(stem: str) -> Kernel:
     return Kernel(
         registers=_largest(r"Used (\d+) registers", report),
         spills=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-        complaints=sorted(set(re.findall(r"\((C75\d\d)\)", report)) - {"C7504"}),
+        complaints=sorted(set(re.findall(r"\((C75\d\d)\)[^\n]*serialized", report))),
         stack=_largest(r"(\d+) bytes stack frame", report),
         shared=_largest(r"smem_scratch_bytes=(\d+)", resources)
         + _largest(r"(\d+) bytes smem", report),
