@@ -167,6 +167,53 @@ def _bits(dtype: str) -> int:
     return _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
 
 
+# Slices, the largest last of a generation, with the size of the mesh axis "model" on each.
+SLICES = {
+    "v5e:2x2": 2,
+    "v5e:4x4": 4,
+    "v5e:16x16": 16,
+    "v6e:16x16": 16,
+    "v5p:8x8x16": 16,
+    "tpu7x:4x4x4": 8,
+}
+
+
+def jobs_for(topology: str) -> list[Job]:
+    """What the script compiles for a slice: products of 4096 x 8192, and the shipped decoder."""
+    model = SLICES[topology]
+    jobs = []
+    for parallel in ("column", "row", "both"):
+        for backward in (False, True):
+            name = f"{parallel}, {'backward' if backward else 'forward'}"
+            size = {"m": 2048, "k": 4096, "n": 8192, "model": model}
+            jobs.append(Job(name, {**size, "parallel": parallel, "backward": backward}))
+    for backward in (False, True):
+        name = f"decoder, {'gradient' if backward else 'forward'}"
+        jobs.append(
+            Job(name, {"backward": backward, "batch": 2048}, "benchmarks.spmd_cases:decoder")
+        )
+    return jobs
+
+
+def write(results: dict[str, dict[str, Program]]) -> None:
+    """Writes `spmd-aot.json`, and a table beside it."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    plain = {t: [dataclasses.asdict(p) for p in own.values()] for t, own in results.items()}
+    text = json.dumps({"versions": versions, "slices": plain}, indent=1) + "\n"
+    (RESULTS / "spmd-aot.json").write_text(text)
+    head = ("slice", "program", "Pallas calls", "codes a device", *_COLLECTIVES)
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for topology, programs in results.items():
+        for p in programs.values():
+            moved = [f"{p.count(kind)} ({p.bytes(kind):,} B)" for kind in _COLLECTIVES]
+            moved = [cell if cell[0] != "0" else "" for cell in moved]
+            shown = (p.error and f"FAILED: {p.error}") or str(p.kernels)
+            lines.append(" | ".join((topology, p.name, shown, f"{p.weight_bytes:,} B", *moved)))
+    table = "\n".join(f"| {line} |" for line in lines)
+    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    (RESULTS / "spmd-aot.md").write_text(f"`python -m benchmarks.spmd_aot`, {made}\n\n{table}\n")
+
+
 def main() -> None:
     """The script, and the child process of `compile_all`."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -174,6 +221,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         _work(*arguments.child)
+    else:
+        write({topology: compile_all(jobs_for(topology), topology) for topology in SLICES})
 
 
 if __name__ == "__main__":

@@ -13,18 +13,31 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxquant as jq
 from jaxquant.core.layout import layout_of
 from jaxquant.core.placement import placed_structs
 from jaxquant.core.primitives import quantized_dot_general
 from jaxquant.core.primitives.dots import bind_dots
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.quantize_array import quantize_array
+from jaxquant.models import next_token_loss, shipped
 
 SPECS = {
     "column": P(None, "model"),
     "row": P("model", None),
     "both": P("data", "model"),
     "whole": P(None, None),
+}
+# Of the shipped decoder's parameters, by the names in their paths; the others are whole.
+DECODER = {
+    "embedding": P("model", None),
+    "query": P(None, None, "model", None),
+    "key": P(None, None, "model", None),
+    "value": P(None, None, "model", None),
+    "out": P(None, "model", None, None),
+    "gate": P(None, None, "model"),
+    "up": P(None, None, "model"),
+    "down": P(None, "model", None),
 }
 _MATMUL = (((1,), (0,)), ((), ()))
 
@@ -78,7 +91,7 @@ def product(
             weight_side="rhs",
             precision=None,
             preferred_element_type=None,
-            out_shardings=(out_sharding,) * siblings,
+            out_shardings=(None,) * siblings,
         )
 
     def back(x: jax.Array, cotangents: list[jax.Array], *weights: QTensor) -> Any:
@@ -89,3 +102,38 @@ def product(
         return fn, (x, *weights)
     out = jax.ShapeDtypeStruct((m, n), jnp.bfloat16, sharding=NamedSharding(mesh, out_spec))
     return back, (x, [out] * siblings, *weights)
+
+
+def decoder(
+    devices: Any, recipe: str = "w4a16_g64", model: int = 2, batch: int = 64, backward: bool = False
+) -> tuple[Any, Any]:
+    """The shipped decoder, quantized where it lies; `backward`: a gradient through all of it."""
+    mesh = mesh_of(devices, model, "auto")
+    net, variables = shipped.load(dtype=jnp.bfloat16)
+    net = jq.quantize(recipe)(net)
+
+    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = decoder_spec(path)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    shapes = jax.tree_util.tree_map_with_path(placed, variables)
+    own = NamedSharding(mesh, P("data", None))
+    tokens = jax.ShapeDtypeStruct((batch, 17), jnp.int32, sharding=own)
+    qvars = jq.with_shardings(jq.ptq(net, shapes, tokens, progress=False), batch_axes="data")
+    if not backward:
+        return net.apply, (qvars, tokens)
+
+    def loss(scale: jax.Array, variables: Any, tokens: jax.Array) -> jax.Array:
+        params = variables["params"]
+        layers = {**params["layers"], "attention_norm": {"scale": scale}}
+        logits = net.apply({"params": {**params, "layers": layers}}, tokens)
+        return next_token_loss(logits, tokens).mean()
+
+    scale = qvars["params"]["layers"]["attention_norm"]["scale"]
+    return jax.grad(loss), (scale, qvars, tokens)
+
+
+def decoder_spec(path: Any) -> P:
+    """How a parameter of the decoder is split, by its path in the tree."""
+    names = {getattr(key, "key", None) for key in path}
+    return next((spec for name, spec in DECODER.items() if name in names), P())

@@ -131,7 +131,8 @@ def choose(
         if as_it_is and platform.float32 and implementation is None:
             raise Unsupported(f"x is float32: {platform.float32}")
         problem = flatten(own_shape, x_dtype, own, axes, act, out_dtype, k_last=platform.k_last)
-        kernel = platform.select(problem, device_kind, implementation is not None)
+        wanted = implementation is not None or (parts is not None and parts.lone_group)
+        kernel = platform.select(problem, device_kind, wanted)
         product = MatrixProduct(problem, kernel, own, axes, act)
         reason = kernel.reason + ("" if parts is None else f"; {parts}")
         if product.moves_codes:

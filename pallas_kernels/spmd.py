@@ -73,6 +73,8 @@ class Partition:
       weight: one device's part.
       scale_shape: of all scales, repeated so that each device has blocks of its own.
       quantize_first: x is quantized before it is split, because its ranges span devices.
+      lone_group: a device has one group of several. XLA, which does the whole product or none, has
+        all groups, so what speaks for it where there is one does not.
     """
 
     names: Names
@@ -86,6 +88,7 @@ class Partition:
     weight: Weight
     scale_shape: tuple[int, ...]
     quantize_first: bool
+    lone_group: bool
 
     def __str__(self) -> str:
         """In words, for the plan."""
@@ -144,7 +147,12 @@ def partition(
         local_weight,
         scale_shape,
         act is not None and not act.static and any(x[axis] for axis in act.reduce_axes),
+        _groups(weight, axes) > 1 and _groups(local_weight, axes) == 1,
     )
+
+
+def _groups(weight: Weight, axes: DotAxes) -> int:
+    return math.prod(weight.scale_shape[axis] for axis in axes.w_contract)
 
 
 def _local_weight(split: Split, weight: Weight) -> tuple[Weight, tuple[int, ...]]:
