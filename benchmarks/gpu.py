@@ -18,6 +18,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,9 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # other processes measure first
     timer = require_gpu(arguments.dry_run, "gpu")
+    if not arguments.dry_run:  # the second pass, and the next call, need not compile again
+        cache = Path(tempfile.gettempdir()) / "jaxquant-gpu-figures"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     shapes = arguments.shapes or (SMALL_SHAPES if arguments.dry_run else SHAPES)
     rows = arguments.rows or (SMALL_ROWS if arguments.dry_run else ROWS)
     sizes = [tuple(map(int, shape.split("x"))) for shape in shapes]

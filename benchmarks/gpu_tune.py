@@ -171,8 +171,8 @@ def microseconds(case: Case, problem: MatmulProblem, config: GpuConfig) -> float
     try:
         got = np.asarray(jax.jit(fn)(xs[0], ws[0]), np.float32)
         compiled = jax.jit(program(fn)).lower(sets).compile()
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return None  # a candidate that the compiler refuses is none
+    except Exception:  # noqa: BLE001  (a candidate that the compiler refuses is none)
+        return None
     want = expected(case)
     if not np.abs(got - want).max() <= _TOLERANCE * np.abs(want).max():
         return None
