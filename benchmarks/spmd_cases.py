@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxquant as jq
 from jaxquant.core.layout import layout_of
 from jaxquant.core.placement import placed_structs
-from jaxquant.core.primitives import quantized_dot_general
+from jaxquant.core.primitives import quantized_dot_general, quantized_ragged_dot
 from jaxquant.core.primitives.dots import bind_dots
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.quantize_array import quantize_array
@@ -102,6 +102,17 @@ def product(
         return fn, (x, *weights)
     out = jax.ShapeDtypeStruct((m, n), jnp.bfloat16, sharding=NamedSharding(mesh, out_spec))
     return back, (x, [out] * siblings, *weights)
+
+
+def experts(
+    devices: Any, m: int, k: int, n: int, count: int, group: int = 128, model: int = 2
+) -> tuple[Any, Any]:
+    """Rows grouped by expert, the experts over "model" and the rows over "data"."""
+    mesh = mesh_of(devices, model, "auto")
+    w = weight(mesh, (count, k, n), P("model", None, None), "int4", (1, group, 1))
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16, sharding=NamedSharding(mesh, P("data", None)))
+    sizes = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    return quantized_ragged_dot, (x, w, sizes)
 
 
 def decoder(

@@ -124,7 +124,7 @@ def choose(
 
     def find(device_kind: str) -> Choice:
         check_floats(x_dtype, precision)
-        parts = _partition(place, x_shape, weight, axes, act)
+        parts = part_of(place, x_shape, weight, axes, act)
         own_shape, own = (x_shape, weight) if parts is None else (parts.x_shape, parts.weight)
         platform = PLATFORMS[place.platform]
         as_it_is = act is None and jnp.dtype(x_dtype) == jnp.float32
@@ -192,18 +192,31 @@ def _device_kind(place: Place) -> str:
     return place.device_kind
 
 
-def _partition(
+def part_of(
     place: Place,
     x_shape: tuple[int, ...],
     weight: Weight,
     axes: DotAxes,
     act: ActQuant | None,
+    experts: tuple[int, ...] = (),
 ) -> Partition | None:
-    """What each device does of the product; None for all of it."""
+    """What each device does of a product; None for all of it.
+
+    Args:
+      place: where the program runs.
+      x_shape: as of `partition`, like all that follow.
+      weight: likewise.
+      axes: likewise.
+      act: likewise.
+      experts: likewise.
+
+    Raises:
+      Unsupported: it is not known, or the product does not come apart; says why.
+    """
     if (place.devices or 1) == 1 or place.manual:
         return None
     if isinstance(place.split, Split):
-        return partition(place.split, x_shape, weight, axes, act)
+        return partition(place.split, x_shape, weight, axes, act, experts)
     raise Unsupported(
         f"{place.devices} devices share the program, whose partitioner takes no Pallas calls, and"
         f" {place.split}"

@@ -16,10 +16,13 @@ from jaxquant.pallas_kernels.dispatch import (
     Implementation,
     Place,
     check_floats,
+    part_of,
     settle,
 )
 from jaxquant.pallas_kernels.problem import RaggedProblem, Unsupported
 from jaxquant.pallas_kernels.ragged import RaggedProduct, flatten_ragged
+from jaxquant.pallas_kernels.spmd import PartitionedProduct
+from jaxquant.pallas_kernels.spmd_ragged import RAGGED_AXES, LocalExperts
 from jaxquant.pallas_kernels.tpu.select import select_ragged as select_tpu
 
 # By the names that JAX lowers for: `(problem, device_kind, forced) -> Kernel`, or `Unsupported`.
@@ -52,7 +55,7 @@ def choose_ragged(
       implementation: forces one; None for the best.
 
     Returns:
-      The choice, whose `run` is a `RaggedProduct`.
+      The choice, whose `run` is a `RaggedProduct`, or runs one on every device.
 
     Raises:
       ValueError: "pallas" is forced, but no kernel fits; the message has the reason. Or an unknown
@@ -63,14 +66,18 @@ def choose_ragged(
         select = SELECT.get(place.platform)
         if select is None:
             raise Unsupported("there is no kernel for rows grouped by expert")
-        if (place.devices or 1) > 1 and not place.manual:
-            raise Unsupported(
-                f"{place.devices} devices share the program, whose partitioner takes no Pallas"
-                " calls (inside shard_map with every mesh axis manual they are used)"
-            )
         check_floats(x_dtype, precision)
-        problem = flatten_ragged(x_shape, weight, act, out_dtype, plain)
-        kernel = select(problem, device_kind, implementation is not None)
-        return Choice(kernel.name, kernel.reason, RaggedProduct(problem, kernel, weight, act))
+        parts = None
+        if plain:
+            parts = part_of(place, x_shape, weight, RAGGED_AXES, act, experts=(0,))
+        own_shape, own = (x_shape, weight) if parts is None else (parts.x_shape, parts.weight)
+        problem = flatten_ragged(own_shape, own, act, out_dtype, plain)
+        wanted = implementation is not None or (parts is not None and parts.lone_group)
+        kernel = select(problem, device_kind, wanted)
+        product = RaggedProduct(problem, kernel, own, act)
+        if parts is None:
+            return Choice(kernel.name, kernel.reason, product)
+        run = PartitionedProduct(LocalExperts(product, parts), parts, RAGGED_AXES, act)
+        return Choice(kernel.name, f"{kernel.reason}; {parts}", run)
 
     return settle(place, implementation, find)

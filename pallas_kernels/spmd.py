@@ -105,6 +105,7 @@ def partition(
     weight: Weight,
     axes: DotAxes,
     act: ActQuant | None,
+    experts: Sequence[int] = (),
 ) -> Partition:
     """What each device does of a product.
 
@@ -114,6 +115,8 @@ def partition(
       weight: the whole weight.
       axes: which axis does what.
       act: how x is quantized, or None.
+      experts: axes of the weight of which a row of x meets one element: with none of its own, a
+        device gives zeros.
 
     Raises:
       Unsupported: the weight does not come apart that way; says why.
@@ -131,7 +134,7 @@ def partition(
         wanted[axis] = split.x[axis] if size % split.count(split.x[axis]) == 0 else ()
         kept = tuple(name for name in wanted[axis] if name not in taken)
         x[axis] = kept if size % split.count(kept) == 0 else ()
-    summed = tuple(name for axis in axes.w_contract for name in w[axis])
+    summed = tuple(name for axis in (*experts, *axes.w_contract) for name in w[axis])
     desired = split.out or _out(axes, wanted, w)
     shape = _out(axes, x_shape, weight.shape)
     out, scattered = _scatter(split, _out(axes, x, w), desired, summed, shape)
@@ -232,8 +235,19 @@ class PartitionedProduct:
         scale: jax.Array,
         zero_point: jax.Array | None,
         input_scale: jax.Array | None,
+        *extras: jax.Array,
     ) -> jax.Array:
-        """The product of whole arrays; arguments as of `MatrixProduct`."""
+        """The product of whole arrays.
+
+        Args:
+          x: as of `MatrixProduct`, like all that follow.
+          quantized: likewise.
+          codes: likewise.
+          scale: likewise.
+          zero_point: likewise.
+          input_scale: likewise.
+          *extras: what `run` takes behind them; every device gets all of it.
+        """
         p = self.partition
         if quantized is None and p.quantize_first:
             assert self.act is not None
@@ -253,8 +267,8 @@ class PartitionedProduct:
             for name, part in operands.items()
         }
 
-        def local(operands: dict[str, Any]) -> jax.Array:
-            out = self.run(**{**dict.fromkeys(parts), **operands})
+        def local(operands: dict[str, Any], extras: tuple[jax.Array, ...]) -> jax.Array:
+            out = self.run(*(operands.get(name) for name in parts), *extras)
             for name, axis in p.scattered:
                 out = jax.lax.psum_scatter(out, name, scatter_dimension=axis, tiled=True)
             rest = tuple(name for name in p.summed if name not in dict(p.scattered))
@@ -262,12 +276,12 @@ class PartitionedProduct:
 
         mapped = jax.shard_map(
             local,
-            in_specs=(specs,),
+            in_specs=(specs, PartitionSpec()),
             out_specs=PartitionSpec(*(names or None for names in p.out)),
             axis_names=set(p.names),
             check_vma=False,
         )
-        return mapped(operands)
+        return mapped(operands, extras)
 
 
 def _spec(names: Sequence[Names], part: jax.Array) -> PartitionSpec:

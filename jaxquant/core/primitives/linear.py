@@ -27,6 +27,7 @@ from jaxquant.core.primitives.weights import (
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.dispatch import PLATFORMS, Choice, Place
+from jaxquant.pallas_kernels.spmd import PartitionedProduct
 
 
 def make_linear_primitive(
@@ -120,7 +121,8 @@ def make_linear_primitive(
     def lower(
         ctx: Any, *args: Any, platform: str, tree: Any, x_quantized: bool, **params: Any
     ) -> Any:
-        choice, surroundings = None, {}
+        choice: Choice | None = None
+        surroundings: dict[str, Any] = {}
         if choose and (platform in PLATFORMS or params["implementation"] == "pallas"):
             device, devices, manual = _compat.lowering_devices(ctx)
             kind = None if device is None else device.device_kind
@@ -131,6 +133,8 @@ def make_linear_primitive(
             choice = choose(*operands, place=place, out_dtype=dtype, **params)
             if choice.run is not None:
                 surroundings["device"] = _compat.abstract_device(device)
+            if isinstance(choice.run, PartitionedProduct):
+                surroundings["mesh_axes"] = _compat.mesh_axes(x)
 
         def fn(*args: jax.Array) -> jax.Array:
             if choice is None or choice.run is None:

@@ -22,6 +22,7 @@ from jaxquant.core.primitives.linear import (
     make_linear_primitive,
     result_dtype,
 )
+from jaxquant.core.primitives.splits import placed
 from jaxquant.core.primitives.weights import act_quant, reference_parts
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference_conv
@@ -33,6 +34,7 @@ from jaxquant.pallas_kernels.dispatch import (
     check_implementation,
 )
 from jaxquant.pallas_kernels.ragged_dispatch import choose_ragged
+from jaxquant.pallas_kernels.spmd_ragged import RAGGED_AXES
 
 _PLAIN = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (1,)), ((), ())),
@@ -141,13 +143,16 @@ def choose_ragged_kernel(
     Raises:
       ValueError: the forced one does not fit.
     """
+    plain = reference_conv.plain_ragged(x, w, group_sizes, params)
+    if plain:
+        place = placed(place, x, w.codes, w.mesh_layout, RAGGED_AXES, None)
     return choose_ragged(
         tuple(x.shape),
         jnp.promote_types(x.dtype, w.dtype),
         static_side(w, place),
         act,
         place,
-        plain=reference_conv.plain_ragged(x, w, group_sizes, params),
+        plain=plain,
         out_dtype=out_dtype,
         precision=precision,
         implementation=implementation,

@@ -1,4 +1,4 @@
-"""Products on slices of TPUs through the real TPU compiler: the kernel is there, no weight moves."""
+"""Products on slices of TPUs through the real TPU compiler: kernels are there, no weight moves."""
 
 import pytest
 
@@ -82,3 +82,11 @@ def test_the_shipped_decoder():
     for program in compiled(jobs, "v5e:4x4").values():
         assert program.kernels >= 7
         assert {kind for kind, _ in program.collectives} == {"all-reduce"}
+
+
+def test_experts():
+    size = {"m": 256, "k": 512, "n": 512, "count": 8}
+    jobs = [Job("experts", {**size, "model": 4}, "benchmarks.spmd_cases:experts")]
+    program = compiled(jobs, "v5e:4x4")["experts"]
+    assert program.kernels == 1
+    assert program.collectives == [["all-reduce", 256 // 4 * 512 * 2]]
