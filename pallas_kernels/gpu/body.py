@@ -20,7 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.pallas_kernels.gpu import epilogue, reading
-from jaxquant.pallas_kernels.gpu.config import AXIS, GpuConfig, is_outside, needs_sums, out_dtype
+from jaxquant.pallas_kernels.gpu.config import (
+    AXIS,
+    CLUSTER,
+    GpuConfig,
+    is_outside,
+    needs_sums,
+    out_dtype,
+)
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
 
 Refs = dict[str, Any]
@@ -77,7 +84,8 @@ def matmul_body(refs: Refs, problem: MatmulProblem, config: GpuConfig, interpret
       config: blocks and order.
       interpret: the body is interpreted, not compiled.
     """
-    columns, rows = pl.cdiv(problem.n, config.tile_n), pl.cdiv(problem.m, config.bm)
+    rows = pl.cdiv(problem.m, config.bm)
+    columns = pl.cdiv(problem.n, config.tile_n * config.cluster)
     names = streamed(problem, config)
     sources = [refs[name] for name in names]
 
@@ -90,21 +98,24 @@ def matmul_body(refs: Refs, problem: MatmulProblem, config: GpuConfig, interpret
         pl.run_scoped, allocations=some.get_allocations(*sources), collective_axes=AXIS
     )
     def _(allocations: Any) -> None:
-        def tile(place: tuple[Any, Any, Any]) -> None:
+        def tile(row: Any, column: Any, part: Any) -> None:
+            if config.cluster > 1:
+                column = column * config.cluster + lax.axis_index(CLUSTER)
+            place = row, column, part
             step = functools.partial(_step, refs, problem, config, interpret)
             around = functools.partial(_around, refs, problem, config, place)
             run = _pipeline(problem, config, place, step, around)
             run(*sources, allocations=allocations)
 
         if not config.blocks:
-            tile((lax.axis_index("row"), lax.axis_index("column"), lax.axis_index("part")))
+            tile(lax.axis_index("row"), lax.axis_index("column"), lax.axis_index("part"))
             return
 
         @plgpu.nd_loop((columns * rows * config.split_k,), collective_axes="block")
         def _(loop: Any) -> None:
             (index,) = loop.index
             part, index = lax.div(index, columns * rows), lax.rem(index, columns * rows)
-            tile((lax.rem(index, rows), lax.div(index, rows), part))
+            tile(lax.rem(index, rows), lax.div(index, rows), part)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -135,6 +146,7 @@ def _pipeline(
             (c.bm, c.bk),
             lambda k: (row, first + k),
             transforms=_tiled(math.gcd(c.chunk(problem), problem.k), operand),
+            collective_axes=(CLUSTER,) if c.cluster > 1 else None,
         ),
         "codes": plgpu.BlockSpec(
             (c.tile_n, c.bk // per),
@@ -236,7 +248,7 @@ def _step(
     for i in range(c.bk // size):
         at = pl.ds(i * size, size)
         x = block["x"].at[:, at].T
-        group = {
+        group: Refs = {
             name: plgpu.load(block[name].at[i, columns], layout=_BY_COLUMN)
             for name in ("scale", "zero_point")
             if name in block
@@ -307,5 +319,6 @@ def _tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
 def _tiled_bits(columns: int, bits: int) -> tuple[Any, ...]:
     """How a block lies in shared memory, so that its columns can be cut at multiples of these."""
     swizzle = plgpu.find_swizzle(columns * bits)
-    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
-    return tiling, plgpu.SwizzleTransform(swizzle)
+    tiled: Any = plgpu.TilingTransform  # (mypy takes jax's transforms for abstract)
+    swizzled: Any = plgpu.SwizzleTransform
+    return tiled((8, swizzle * 8 // bits)), swizzled(swizzle)

@@ -20,7 +20,7 @@ ScaleTime = Literal["end", "after", "before"]
 # "bits", by masks on 32-bit words, for which x's columns are put in another order.
 Reading = Literal["direct", "cast", "bits"]
 
-AXIS = "wg"  # of warpgroups, in kernels
+AXIS, CLUSTER = "wg", "cluster"  # of a block's warpgroups and a cluster's blocks, in kernels
 _MOST_TOGETHER = 128
 
 
@@ -39,7 +39,9 @@ class GpuConfig:
       operand: dtype name in which the tensor cores multiply: "bfloat16", "int8",
         "float8_e4m3fn" or "float8_e5m2".
       split_k: parts of the contracted axis that blocks of their own sum; XLA adds the parts.
-      blocks: thread blocks that share out all tiles among them; 0 for one a tile.
+      blocks: thread blocks (clusters) that share out all tiles among them; 0 for one a tile.
+      cluster: neighbouring tiles of columns whose blocks run together and load each row of x once
+        for all of them; divides the number of tiles, and bm / 8.
       staged: converted weights go through shared memory instead of registers (what interpret mode
         can run; slower).
     """
@@ -54,6 +56,7 @@ class GpuConfig:
     operand: str = "bfloat16"
     split_k: int = 1
     blocks: int = 0
+    cluster: int = 1
     staged: bool = False
 
     @property

@@ -9,6 +9,7 @@ they have not been timed on a chip:
   rows, not the weight.
 * Many rows: two warpgroups take turns in converting and multiplying, and blocks stay for several
   tiles. Scales of groups go on the weight, unless that is of integers.
+* Where x's blocks are large beside the weight's, neighbouring blocks load them once for all.
 * All warpgroups have an equal share of the registers, which bounds the rows of a block.
 """
 
@@ -20,7 +21,7 @@ import math
 from jaxquant.pallas_kernels.gpu import tables
 from jaxquant.pallas_kernels.gpu.chips import Chip
 from jaxquant.pallas_kernels.gpu.config import GpuConfig, Reading, ScaleTime, shared_bytes
-from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, Unsupported, dtype_bytes
 
 # Up to this many rows x is one block and the weight streams.
 DECODE_ROWS = 64
@@ -99,9 +100,11 @@ def _by_rules(problem: MatmulProblem, chip: Chip) -> GpuConfig:
         operand=operand,
     )
     tiles = -(-p.m // config.bm) * -(-p.n // config.tile_n)
-    config = dataclasses.replace(config, split_k=_parts(config.steps(p), tiles, chip))
-    if not few and config.split_k == 1 and tiles > chip.multiprocessors:
-        config = dataclasses.replace(config, blocks=chip.multiprocessors)
+    cluster = _cluster(p, config, few)
+    parts = _parts(config.steps(p), tiles, chip)
+    config = dataclasses.replace(config, split_k=parts, cluster=cluster)
+    if not few and parts == 1 and tiles > chip.multiprocessors:
+        config = dataclasses.replace(config, blocks=chip.multiprocessors // cluster)
     fitting = _at_most(p, config, chip)
     if fitting is None:
         raise Unsupported(
@@ -150,6 +153,22 @@ def _warpgroups(problem: MatmulProblem, few: bool) -> int:
     """
     most = 4 if few and problem.m <= 32 else 2
     return max(2 if problem.zero_point else 1, min(most, -(-problem.n // 64)))
+
+
+def _cluster(problem: MatmulProblem, config: GpuConfig, few: bool) -> int:
+    """Blocks that share loads of x: enough that x's bytes are half the weight's, if that goes."""
+    x = config.bm * dtype_bytes(config.operand)
+    weight = config.tile_n * STORAGE[problem.codes][1] / 8
+    tiles = -(-problem.n // config.tile_n)
+    cluster = 1
+    while (
+        2 * x > weight * cluster
+        and cluster < (4 if few else 2)
+        and tiles % (2 * cluster) == 0
+        and config.bm % (16 * cluster) == 0
+    ):
+        cluster *= 2
+    return cluster
 
 
 def _step(problem: MatmulProblem, scale: ScaleTime, wanted: int) -> int:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.pallas_kernels.gpu import epilogue, reading
 from jaxquant.pallas_kernels.gpu.body import matmul_body, scratch_types, streamed, sums_width
-from jaxquant.pallas_kernels.gpu.config import AXIS, GpuConfig, is_outside, out_dtype
+from jaxquant.pallas_kernels.gpu.config import AXIS, CLUSTER, GpuConfig, is_outside, out_dtype
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
 
 
@@ -61,7 +61,7 @@ def quantized_matmul(
     Raises:
       ValueError: an array does not have the shape or dtype that the problem states.
     """
-    given = {
+    given: dict[str, Any] = {
         "x": x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x,
         "codes": codes,
         "scale": scale.astype(jnp.float32),
@@ -152,7 +152,7 @@ def _run(
         matmul_body(dict(zip(names, refs, strict=True)), p, c, bool(interpret))
 
     body.__name__ = _name(p, c)  # what profilers call the kernel
-    rows, columns = pl.cdiv(p.m, c.bm), pl.cdiv(p.n, c.tile_n)
+    rows, columns = pl.cdiv(p.m, c.bm), pl.cdiv(p.n, c.tile_n * c.cluster)
     grid: dict[str, int] = {"row": rows, "column": columns, "part": c.split_k}
     if c.blocks:
         grid = {"block": min(c.blocks, rows * columns * c.split_k)}
@@ -162,6 +162,8 @@ def _run(
         scratch_types=list(scratch.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=(c.cluster,) if c.cluster > 1 else (),
+        cluster_names=(CLUSTER,) if c.cluster > 1 else (),
         num_threads=c.warpgroups + 1,
         thread_name=AXIS,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -77,6 +77,11 @@ WAYS = {
     "groups in a step": ({"codes": "int4", "group": 32}, ("after", "bits"), {}),
     "steps in a group": ({"codes": "int4", "group": 320}, ("after", "bits"), {"bk": 64}),
     "cast, before": ({"codes": "int4", "group": 64}, ("before", "cast"), {}),
+    "two blocks share x": (
+        {"codes": "int4", "group": 64, **ALL},
+        ("after", "bits"),
+        {"cluster": 2, "warpgroups": 1, "bn": 128},
+    ),
     "bits, before": ({"codes": "int4", "group": 64}, ("before", "bits"), {"blocks": 3}),
     "a scale a column": ({"codes": "int4"}, ("end", "bits"), {"bk": 64}),
     "parts of k": ({"codes": "int4", "group": 64, **ALL}, ("after", "bits"), {"split_k": 5}),
