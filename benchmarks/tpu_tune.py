@@ -5,8 +5,8 @@ every candidate with the TPU compiler and compares static times: the larger of e
 the clock and bytes over the bandwidth. The best one is written to
 `pallas_kernels/tpu/tables/<chip>.json` if it beats the rules by `MARGIN`; an entry that was
 searched again and does not is taken out. Candidates and their order are fixed, and of equal ones
-the first is taken, so that a run with the same compiler gives the same table. v4 has no estimates
-to search by.
+the first is taken, so that a run with the same compiler gives the same table. With few rows, what
+spills registers is out. v4 has no estimates to search by.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jaxquant.pallas_kernels.tpu.heuristics import DECODE_ROWS, by_rules, fit
 
 TABLES = Path(__file__).parent.parent / "pallas_kernels" / "tpu" / "tables"
 MARGIN = 0.03
+_MOST_SPILLS = 64  # with few rows, what is live fits the registers
 _BLOCKS = {
     "few": ((0,), (256, 512, 1024, 2048), (2048, 4096, 8192, 16384)),  # bm = 0: all rows
     "many": ((512, 1024), (512, 1024, 2048), (4096, 8192, 16384)),
@@ -72,6 +73,9 @@ def _search(chip: Chip, label: str, rows: int, columns: int, depth: int) -> None
         max(got.cycles / chip.clock, memory) if got.cycles and got.source == "estimate" else None
         for got in (results[job.name] for job in jobs)
     ]
+    for number, job in enumerate(jobs[1:], 1):
+        if rows <= DECODE_ROWS and results[job.name].spills > _MOST_SPILLS:
+            times[number] = None
     rules, best = times[0], min(time for time in times if time is not None)
     print(f"{chip.name} {label} {rows}x{depth}x{columns}:")
     for config, time in sorted(

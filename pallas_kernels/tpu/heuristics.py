@@ -32,8 +32,10 @@ from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
 
 # Up to this many rows x stays whole and the weight streams.
 DECODE_ROWS = 64
-# "after" pays up to this many rows with float operands, and on 256-wide matrix units with int8.
+# "after" pays up to this many rows with float operands, and on 256-wide matrix units with int8; and
+# up to so many copies of rows where several groups share a chunk (a copy for each).
 AFTER_ROWS = 128
+_AFTER_COPIES = 64
 # Tiles of rows grouped by expert: at most so many; and the rows of v5e whose product takes as long
 # as unpacking a weight and pushing it into the matrix units.
 _MOST_TILE_ROWS = 512
@@ -139,6 +141,9 @@ def _scale_time(problem: MatmulProblem, chip: Chip, operand: str) -> ScaleTime:
         return "end"
     if operand == "int8" and not chip.has_bf16_vpu and problem.group >= LANES:
         return "after"  # integer dots are worth more than the scaling of partial sums
+    copies = LANES // problem.group
+    if copies > 1:
+        return "after" if problem.m * copies <= _AFTER_COPIES else "before"
     return "after" if problem.m <= AFTER_ROWS else "before"
 
 
@@ -152,6 +157,7 @@ def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime)
         return "staged"
     fits = p.k % LANES == 0 and (p.groups == 1 or LANES % p.group == 0 or p.group % LANES == 0)
     pays = not chip.has_bf16_vpu and p.m <= DECODE_ROWS // 2 and scale != "before"
+    pays = pays or chip.mxu_dtypes == ("bfloat16",)  # v4: its conversion takes four times as long
     return "bits" if p.codes == "int4" and operand == "bfloat16" and fits and pays else "cast"
 
 
