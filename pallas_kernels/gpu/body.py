@@ -130,7 +130,7 @@ def _pipeline(
     """The loop over contracted blocks of one tile; `place` is (block of x's rows, tile, part)."""
     row, column, part = place
     c = config
-    count = c.steps(problem) // c.split_k
+    count = c.steps(problem)
     first = part * count
     groups = max(1, c.bk // problem.group)
     per = reading.words_of(problem.codes, c).codes

@@ -74,8 +74,8 @@ class GpuConfig:
         return min(self.bk, problem.group)
 
     def steps(self, problem: MatmulProblem) -> int:
-        """Steps of a whole column of blocks."""
-        return -(-problem.k // self.bk)
+        """Steps of a part of k; the last ones of the last part may lie beyond its end."""
+        return -(-problem.k // (self.bk * self.split_k))
 
 
 def is_outside(problem: MatmulProblem, config: GpuConfig) -> bool:
@@ -118,4 +118,4 @@ def shared_bytes(problem: MatmulProblem, config: GpuConfig) -> int:
     tile = c.bm * c.tile_n * dtype_bytes(out_dtype(p, c))
     tiles = 1 if is_outside(p, c) else 1 + p.gate + p.residual
     staging = c.tile_n * c.bk * dtype_bytes(c.operand) if c.staged else 0
-    return min(c.stages, c.steps(p) // c.split_k) * step + tiles * tile + staging + 4096
+    return min(c.stages, c.steps(p)) * step + tiles * tile + staging + 4096

@@ -188,17 +188,15 @@ def _parts(steps: int, tiles: int, chip: Chip) -> int:
 
     def busy(parts: int) -> float:
         waves = tiles * parts / chip.multiprocessors
-        return waves / math.ceil(waves)
+        own_steps = steps / (math.ceil(steps / parts) * parts)
+        return waves / math.ceil(waves) * own_steps
 
-    most = min(_MOST_PARTS, steps // _LEAST_STEPS)
-    allowed = [n for n in range(1, most + 1) if steps % n == 0] or [1]
+    allowed = range(1, max(1, min(_MOST_PARTS, steps // _LEAST_STEPS)) + 1)
     return next((n for n in allowed if busy(n) >= _BUSY), max(allowed, key=busy))
 
 
 def _at_most(problem: MatmulProblem, config: GpuConfig, chip: Chip) -> GpuConfig | None:
     """The config with as many of its stages as fit; None if not even two do."""
-    if config.split_k > 1 and config.steps(problem) % config.split_k:
-        return None
     if config.scale != "end" and config.bk % problem.group and problem.group % config.bk:
         return None
     for stages in range(config.stages, 1, -1):

@@ -84,7 +84,7 @@ WAYS = {
     ),
     "bits, before": ({"codes": "int4", "group": 64}, ("before", "bits"), {"blocks": 3}),
     "a scale a column": ({"codes": "int4"}, ("end", "bits"), {"bk": 64}),
-    "parts of k": ({"codes": "int4", "group": 64, **ALL}, ("after", "bits"), {"split_k": 5}),
+    "parts of k": ({"codes": "int4", "group": 64, **ALL}, ("after", "bits"), {"split_k": 4}),
     "w8a16": ({"codes": "int8", "group": 64}, ("after", "cast"), {"blocks": 2}),
     "w8a8": ({"codes": "int8", **INT8, **ALL}, ("end", "direct", "int8"), {"split_k": 5}),
     "w8a8, groups": ({"codes": "int8", "group": 64, **INT8}, ("after", "direct", "int8"), {}),
@@ -103,8 +103,6 @@ def test_every_order_in_several_blocks(way):
     config = dataclasses.replace(config, **dict(zip(("scale", "reading", "operand"), order)))
     zero_point = fields["codes"].startswith("int")
     problem = MatmulProblem(21, 640, 144, zero_point=zero_point, out_dtype="float32", **fields)
-    if config.split_k == 5:
-        config = dataclasses.replace(config, bk=64)
     check(problem, config)
 
 
@@ -201,4 +199,5 @@ def test_few_rows_give_all_multiprocessors_work():
             blocks = -(-n // config.tile_n) * config.split_k
             waves = blocks / H200.multiprocessors
             assert waves / np.ceil(waves) >= 0.8, (k, n, m, config)
-            assert config.steps(problem) % config.split_k == 0
+            whole = -(-k // config.bk)
+            assert config.steps(problem) * config.split_k <= 1.15 * whole, (k, n, m, config)
