@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,8 @@ class Kernel:
       quantize: `(x, dtype, interpret=) -> (codes, scale)`, a kernel that quantizes rows of x;
         None where XLA does it best.
       k_minor: `multiply` takes codes as [n, k], not [k, n].
+      together: `(problems) -> multiply` of several weights with one x, if one launch can do them:
+        it takes sequences of codes, scales and zero points, and returns a list.
     """
 
     name: str
@@ -64,6 +66,9 @@ class Kernel:
     multiply: Callable[..., jax.Array]
     quantize: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     k_minor: bool = False
+    together: Callable[[Sequence[MatmulProblem]], Callable[..., list[jax.Array]] | None] | None = (
+        None
+    )
 
 
 def flatten(
@@ -179,21 +184,28 @@ class MatrixProduct:
           input_scale: the static scale of x, of the weight's rank, or None.
           interpret: as for pl.pallas_call.
         """
-        axes = self.axes
-        free = [x.shape[a] for a in axes.x_free]
-        rows, x_scale = self._quantized_rows(x, quantized, input_scale, interpret)
+        rows, x_scale = self.quantized_rows(x, quantized, input_scale, interpret)
         out = self.kernel.multiply(
             rows,
-            self._matrix(codes),
-            self._columns(scale),
-            None if zero_point is None else self._columns(zero_point),
+            *self.matrices(codes, scale, zero_point),
             x_scale=x_scale,
             table=self.weight.table,
             interpret=interpret,
         )
-        columns = [self.weight.shape[a] for a in axes.w_free]
-        out = out.reshape(*free, *columns)
-        if axes.weight_side == "rhs":
+        return self.lay_out(out, x)
+
+    def matrices(
+        self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The weight's parts as a kernel takes them."""
+        zero = None if zero_point is None else self._columns(zero_point)
+        return self._matrix(codes), self._columns(scale), zero
+
+    def lay_out(self, out: jax.Array, x: jax.Array) -> jax.Array:
+        """What a kernel made, [m, n], laid out as lax.dot_general's result."""
+        free = [x.shape[a] for a in self.axes.x_free]
+        out = out.reshape(*free, *(self.weight.shape[a] for a in self.axes.w_free))
+        if self.axes.weight_side == "rhs":
             return out
         return lax.transpose(out, (*range(len(free), out.ndim), *range(len(free))))
 
@@ -210,7 +222,7 @@ class MatrixProduct:
         matrix = codes.reshape(p.code_rows, p.n)
         return matrix.T if self.kernel.k_minor else matrix
 
-    def _quantized_rows(
+    def quantized_rows(
         self,
         x: jax.Array,
         quantized: tuple[jax.Array, jax.Array] | None,

@@ -9,7 +9,6 @@ equations, and one that does not fit is an error before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from jaxquant.core import _compat, primitives
 from jaxquant.core.names import shown_name
 from jaxquant.core.primitives.dot import split_operands
 from jaxquant.core.primitives.kernels import Product, default_place
+from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.dispatch import Implementation, Place
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.passes.edit_jaxpr import all_bodies, edit, replace_eqns
@@ -99,58 +99,49 @@ class LowerToKernels(Pass):
         return eqn.replace(params={**eqn.params, "implementation": self.implementation})
 
     def _describer(self, place: Place) -> Callable[[Any], Sequence[Lowering]]:
-        known: dict[Any, tuple[str, str]] = {}  # layers repeat a few products
+        known: dict[Any, list[tuple[str, str]]] = {}  # layers repeat a few products
 
         def describe(eqn: Any) -> list[Lowering]:
             p = eqn.params
             x, _, leaves = split_operands(eqn.invars, p["x_quantized"])
             stored = jax.tree_util.tree_unflatten(p["tree"], [leaf.aval for leaf in leaves])
             several = eqn.primitive is primitives.quantized_dots_p
+            weights = stored if several else [jax.tree.leaves(stored, is_leaf=_is_weight)[0]]
+            form = [p.get(name) for name in ("dimension_numbers", "weight_side")]
+            form.append(str(p.get("ragged_dot_dimension_numbers")))
+            types = [v.aval for v in (x, *leaves, *eqn.outvars)]
+            key = (eqn.primitive, *types, p["tree"], p["act"], p["precision"], *form)
+            if key not in known:
+                known[key] = self._told(eqn, x.aval, stored, weights, place)
             where = shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn)
-            if eqn.primitive is primitives.quantized_ragged_dot_p:
-                w, group_sizes = stored
-                params = {**p, "implementation": self.implementation}
-                key = x.aval, *jax.tree.leaves(w), jax.tree.structure(w), p["act"], p["precision"]
-                if key not in known:
-                    known[key] = _told(
-                        eqn,
-                        functools.partial(
-                            primitives.describe_ragged_dot,
-                            x.aval,
-                            w,
-                            group_sizes,
-                            params,
-                            place=place,
-                        ),
-                    )
-                return [Lowering(where, (tuple(x.aval.shape), w.shape), *known[key])]
             where += " or a sibling" * several
-            found = []
-            for w, out in zip(stored if several else [stored], eqn.outvars, strict=True):
-                axes = DotAxes.make(p["dimension_numbers"], x.aval.ndim, w.ndim, p["weight_side"])
-                types = x.aval, *jax.tree.leaves(w), out.aval
-                key = types, jax.tree.structure(w), axes, p["act"], p["precision"]
-                if key not in known:
-                    dtype = out.aval.dtype
-                    sharding = _compat.explicit_sharding(out.aval)
-                    product = Product(x.aval, w, axes, p["act"], dtype, p["precision"], sharding)
-                    known[key] = _told(
-                        eqn,
-                        functools.partial(
-                            primitives.describe_product, product, place, self.implementation
-                        ),
-                    )
-                shapes = (tuple(x.aval.shape), w.shape)
-                found.append(Lowering(where, shapes, *known[key]))
-            return found
+            return [
+                Lowering(where, (tuple(x.aval.shape), w.shape), *told)
+                for w, told in zip(weights, known[key], strict=True)
+            ]
 
         return describe
 
+    def _told(
+        self, eqn: Any, x: Any, stored: Any, weights: Sequence[QTensor], place: Place
+    ) -> list[tuple[str, str]]:
+        """Implementation and reason for each weight; an error names the user's line."""
+        p = eqn.params
+        try:
+            if eqn.primitive is primitives.quantized_ragged_dot_p:
+                params = {**p, "implementation": self.implementation}
+                return [primitives.describe_ragged_dot(x, *stored, params, place=place)]
+            products = []
+            for w, out in zip(weights, eqn.outvars, strict=True):
+                axes = DotAxes.make(p["dimension_numbers"], x.ndim, w.ndim, p["weight_side"])
+                sharding = _compat.explicit_sharding(out.aval)
+                options = p["act"], out.aval.dtype, p["precision"], sharding
+                products.append(Product(x, w, axes, *options))
+            return primitives.describe_products(products, place, self.implementation)
+        except ValueError as error:
+            error.add_note(f"jaxquant: the product at {_compat.source_line(eqn)}")
+            raise
 
-def _told(eqn: Any, describe: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """What `describe` says; an error names the user's line."""
-    try:
-        return describe()
-    except ValueError as error:
-        error.add_note(f"jaxquant: the product at {_compat.source_line(eqn)}")
-        raise
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, QTensor)

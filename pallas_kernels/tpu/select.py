@@ -6,6 +6,7 @@ One of the platforms of `jaxquant.pallas_kernels.dispatch`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from jaxquant.pallas_kernels.as_matrix import Kernel
@@ -21,6 +22,7 @@ from jaxquant.pallas_kernels.tpu.heuristics import (
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 from jaxquant.pallas_kernels.tpu.ragged import ragged_matmul
+from jaxquant.pallas_kernels.tpu.siblings import choose_sibling_config, sibling_matmuls
 
 _WHEN = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
 
@@ -45,13 +47,24 @@ def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
         _why(problem, config),
         functools.partial(quantized_matmul, problem=problem, config=config),
         _quantizer(problem, config),
+        together=functools.partial(_together, chip=chip),
     )
+
+
+def _together(problems: Sequence[MatmulProblem], chip: Chip) -> Any:
+    """`sibling_matmuls` for these, or None where each is better off alone."""
+    try:
+        config = choose_sibling_config(problems, chip)
+    except Unsupported:
+        return None
+    return functools.partial(sibling_matmuls, problems=tuple(problems), config=config)
 
 
 def select_ragged(problem: RaggedProblem, device_kind: str, forced: bool) -> Kernel:
     """The kernel for rows grouped by expert; its `multiply` takes `group_sizes` too.
 
-    XLA is never the better choice: it writes all experts out in bfloat16 first.
+    XLA is never the better choice: it reads all experts, and, but for int8 on both sides, writes
+    them out in bfloat16 first.
 
     Args:
       problem: the product.

@@ -51,6 +51,28 @@ def test_on_a_tpu_grouped_products_are_kernels(quantized):
     names = [one.implementation for one in compiled.program.facts["lowerings"]]
     assert names == ["pallas tpu v5e: int4, scale after the dot"] * 3
     assert "test_lower_to_kernels.py" in str(compiled.program.facts["lowerings"][0])
+    together = ["one launch" in one.reason for one in compiled.program.facts["lowerings"]]
+    assert together == [True, True, False]
+
+
+def experts(p, x):
+    return jax.lax.ragged_dot(x, p["w"], jnp.asarray([3, 0, 5], jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (Place("tpu", "TPU v6e"), "pallas tpu v6e: int4 experts, scale after the dot"),
+        (Place("tpu", "TPU v6e", devices=4), "4 devices share the program"),
+        (Place("cpu"), "xla: dequantize, then float ragged dot"),
+    ],
+)
+def test_rows_grouped_by_expert(place, says):
+    p = {"w": jax.random.normal(jax.random.key(4), (3, 512, 128))}
+    tree = jq.ptq(jq.quantize("w4a16_g128")(experts), p, X)
+    compiled = jq.compile(experts, tree, X, passes=lambda p: [*p[:-1], LowerToKernels(place)])
+    (one,) = compiled.program.facts["lowerings"]
+    assert one.shapes == ((8, 512), (3, 512, 128)) and says in str(one)
 
 
 def test_several_devices_without_known_shardings_take_xla(quantized):
@@ -97,4 +119,4 @@ def test_siblings_lower_for_tpu_as_kernels(quantized):
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         step = jax.jit(jq.compile(net, quantized, X))
         text = step.trace(quantized, X).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") == 3
+    assert text.count("tpu_custom_call") == 2  # the siblings are one

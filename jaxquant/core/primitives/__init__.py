@@ -14,6 +14,7 @@ from jaxquant.core.primitives.describe import (
     describe_dequantize,
     describe_lowering,
     describe_product,
+    describe_products,
     describe_ragged_dot,
 )
 from jaxquant.core.primitives.dot import quantized_dot_general, quantized_dot_general_p
@@ -33,6 +34,7 @@ __all__ = [
     "describe_dequantize",
     "describe_lowering",
     "describe_product",
+    "describe_products",
     "describe_ragged_dot",
     "quantize_activation",
     "quantize_activation_p",

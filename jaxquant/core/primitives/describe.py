@@ -7,6 +7,7 @@ runs. Called by `jaxquant.passes`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
@@ -26,6 +27,7 @@ from jaxquant.pallas_kernels.reference_conv import (
     plain_ragged,
     ragged_scales,
 )
+from jaxquant.pallas_kernels.siblings import join
 
 
 def describe_lowering(
@@ -83,6 +85,18 @@ def describe_product(
         product.act,
     )
     return f"xla: {choice.method.value}", f"{choice.reason}{remark}"
+
+
+def describe_products(
+    products: Sequence[Product], place: Place, implementation: Implementation | None = None
+) -> list[tuple[str, str]]:
+    """As `describe_product`, of products of one x; says so where they are one launch."""
+    told = [describe_product(product, place, implementation) for product in products]
+    if len(products) > 1 and place.platform in PLATFORMS:
+        choices = [choose_kernel(product, place, implementation) for product in products]
+        if join([choice.run for choice in choices]) is not None:
+            return [(name, f"{reason}; one launch with its siblings") for name, reason in told]
+    return told
 
 
 def describe_conv(w: QTensor, dimension_numbers: lax.ConvDimensionNumbers) -> tuple[str, str]:

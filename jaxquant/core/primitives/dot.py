@@ -22,7 +22,7 @@ from jax.extend.core import primitives as jp
 from jax.interpreters import mlir
 
 from jaxquant.core import _compat
-from jaxquant.core.primitives.kernels import Product, choose_kernel, run_kernel
+from jaxquant.core.primitives.kernels import Product, choose_kernel, run_joined, run_kernel
 from jaxquant.core.primitives.weights import (
     act_quant,
     bind_leaves,
@@ -41,6 +41,7 @@ from jaxquant.pallas_kernels.dispatch import (
     check_implementation,
 )
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
+from jaxquant.pallas_kernels.siblings import join
 from jaxquant.pallas_kernels.spmd import PartitionedProduct
 
 quantized_dot_general_p = _compat.make_primitive("quantized_dot_general")
@@ -250,6 +251,8 @@ def lowering(
 ) -> tuple[Callable[..., list[jax.Array]], dict[str, Any]]:
     """How to compute products of one input: each as the kernel that fits best, or by XLA.
 
+    Where the kernels can be one launch, they are.
+
     Args:
       ctx: context of the lowering; its first operand is x.
       weights: of abstract values.
@@ -284,9 +287,13 @@ def lowering(
             for w, dtype, sharding in zip(weights, dtypes, shardings, strict=True)
         ]
 
+    joined = join([None if choice is None else choice.run for choice in choices])
+
     def compute(
         x: jax.Array, quantized: Sequence[jax.Array], weights: Sequence[QTensor]
     ) -> list[jax.Array]:
+        if joined is not None:
+            return run_joined(joined, x, quantized, weights)
         return [
             run_kernel(choice, x, quantized, w)
             if choice is not None and choice.run is not None

@@ -22,6 +22,7 @@ from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.as_matrix import Weight
 from jaxquant.pallas_kernels.dispatch import Choice, Implementation, Place, choose
 from jaxquant.pallas_kernels.dot_axes import DotAxes
+from jaxquant.pallas_kernels.siblings import SiblingProducts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +103,33 @@ def run_kernel(
 ) -> jax.Array:
     """Runs the kernel of a choice on a QTensor's parts; `extras` are the operands behind them."""
     assert choice.run is not None
-    scale = w.scale.dequantize() if isinstance(w.scale, QTensor) else w.scale
     pair = (quantized[0], quantized[1]) if quantized else None
     return choice.run(
         x.astype(jnp.promote_types(x.dtype, w.dtype)),
         pair,
         w.codes,
-        scale,
+        _float_scale(w),
         w.zero_point,
         w.input_scale,
         *extras,
     )
+
+
+def run_joined(
+    joined: SiblingProducts,
+    x: jax.Array,
+    quantized: Sequence[jax.Array],
+    weights: Sequence[QTensor],
+) -> list[jax.Array]:
+    """Runs one launch for several QTensors."""
+    pair = (quantized[0], quantized[1]) if quantized else None
+    parts = [(w.codes, _float_scale(w), w.zero_point) for w in weights]
+    dtype = jnp.promote_types(x.dtype, weights[0].dtype)
+    return joined(x.astype(dtype), pair, parts)
+
+
+def _float_scale(w: QTensor) -> jax.Array:
+    return w.scale.dequantize() if isinstance(w.scale, QTensor) else w.scale
 
 
 _planned: contextvars.ContextVar[Place | None] = contextvars.ContextVar("place", default=None)
