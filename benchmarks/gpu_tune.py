@@ -47,7 +47,8 @@ CHOICES: dict[str, Sequence[Any]] = {
     "stages": (2, 3, 4, 5, 6, 8, 10, 12),
     "scale": ("after", "before"),
     "reading": ("bits", "cast"),
-    "blocks": (0, 132, 264),
+    "cluster": (1, 2, 4),
+    "blocks": (0, 1, 2),  # times the multiprocessors, in clusters
 }
 _ROUNDS = 2
 # A config whose result differs by more than this from XLA's, relative to the largest, is dropped.
@@ -129,9 +130,18 @@ def neighbours(
     if field == "reading" and config.reading == "direct":
         return
     for value in CHOICES[field]:
+        if field == "blocks":
+            value *= chip.multiprocessors // config.cluster
         changed = dataclasses.replace(config, **{field: value})
-        if changed != config and shared_bytes(problem, changed) <= chip.shared_bytes:
+        if changed != config and _runs(problem, chip, changed):
             yield changed
+
+
+def _runs(problem: MatmulProblem, chip: Chip, config: GpuConfig) -> bool:
+    """Whether blocks fit into shared memory, and share tiles out evenly within a cluster."""
+    tiles = -(-problem.n // config.tile_n)
+    even = tiles % config.cluster == 0 and config.bm % (8 * config.cluster) == 0
+    return shared_bytes(problem, config) <= chip.shared_bytes and (config.cluster == 1 or even)
 
 
 def tune(case: Case, chip: Chip) -> tables.Entry:
