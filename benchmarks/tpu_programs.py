@@ -155,9 +155,8 @@ def time_of(chip: Chip, item: Program, static: Static) -> Time:
         max(op["bundles"] * op["steps"] / rate, op["bytes"] / bandwidth) for op in static.sequence
     )
     model = item.times * sum(op["cycles"] for op in static.sequence) / chip.clock * 1e6
-    least = {"memory": memory, "MATMUL": macs, unit: one_by_one}
-    bound = max(least, key=lambda name: least[name])
-    return Time(least[bound], bound, at_least=True, model=model or None)
+    least, bound = max((memory, "memory"), (macs, "MATMUL"), (one_by_one, unit))
+    return Time(least, bound, at_least=True, model=model or None)
 
 
 def _busy(chip: Chip, item: Program, static: Static) -> float:

@@ -69,6 +69,9 @@ def test_time_without_an_estimate_is_a_lower_bound():
     assert time.at_least
     assert time.microseconds == pytest.approx(100_000 / V5E.clock * 1e6 + 1000)
     assert time.model == pytest.approx(600_000 / V5E.clock * 1e6)
+    many = program(V5E, "xla int4 g128", 1024, 4096, 4096)
+    macs = time_of(V5E, many, Static("", "v5e", sequence=[slow], units={"MATMUL": 5.0}))
+    assert macs.microseconds == pytest.approx(1024 * 4096 * 4096 / (V5E.bf16_flops / 2) * 1e6)
     memory = time_of(V5E, item, Static("", "v5e"))
     assert memory.microseconds == pytest.approx(item.problem.least_bytes / V5E.hbm_bandwidth * 1e6)
     assert time_of(V5E, item, Static("", "v5e", error="no\nway")).microseconds is None
