@@ -48,8 +48,8 @@ class ParamPlan:
       packed_axis: negative axis along which bit-packed codes are packed, or None.
       layer_axes: axes that only number layers.
       stack_axes: these, and axes of experts and batches, along which nothing is shared.
-      contracted: negative axes that the deciding product sums over as a whole; None where it is
-        no product of matrices.
+      contracted: negative axes that the deciding use sums over as a whole; none where it is no
+        product of matrices. None if it stays float.
       rule: the rule that decided, or None.
       reason: why it stays float; "" if it is quantized.
       notes: what else the plan should say.
@@ -168,9 +168,9 @@ def _plan(plan: ParamPlan, own: Sequence[tuple[OpUse, Rule | None]]) -> ParamPla
     )
 
 
-def _contracted(use: OpUse) -> tuple[int, ...] | None:
+def _contracted(use: OpUse) -> tuple[int, ...]:
     if use.primitive not in ("dot_general", "ragged_dot"):
-        return None
+        return ()
     count = len(use.axes)
     return tuple(a.axis - count for a in use.axes if 1 < a.length == a.contracted)
 

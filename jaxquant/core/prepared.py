@@ -23,13 +23,13 @@ from jax.sharding import SingleDeviceSharding
 from jaxquant.core import _compat
 from jaxquant.core.qtensor import QTensor, negative_axes
 
-# What each platform's kernels read last; the others take codes as they come.
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# Where kernels read the contracted axes last; elsewhere codes are taken as they come.
 _CONTRACTED_LAST = ("cuda",)
 
 
 def contracted_axes(w: QTensor) -> tuple[int, ...]:
-    """Negative axes that the weight's op sums over: as noted, else those that share scales."""
+    """Negative axes that the weight's product sums over: as noted, else those that share scales."""
     if w.contracted is not None:
         return w.contracted
     return negative_axes([a for a, n in enumerate(w.block_shape) if n > 1], w.ndim)

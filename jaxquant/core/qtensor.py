@@ -66,8 +66,9 @@ class QTensor:
       input_group: None, or a name that this weight shares with all weights of the tree whose
         `input_scale` is the same array, because they read the same input (static). Whoever gives
         a weight another `input_scale` takes the name away.
-      contracted: negative axes that the weight's op sums over, or None where that is not known
-        (static). Nothing is computed from it: it says how to lay codes out for a platform.
+      contracted: negative axes that the matrix product of the weight sums over, () for an op that
+        is none, or None where that is not known (static). Nothing is computed from it: it says how
+        to lay codes out for a platform.
       prepared: name of the platform for whose kernels codes lie in memory, or None (static, not
         saved). See `jaxquant.core.prepared`; no value and no shape depends on it.
       mesh_layout: how the weight lies on an automatic mesh, a `jaxquant.core.layout.MeshLayout`,
