@@ -180,10 +180,11 @@ def _targets(
     # Whole columns of a block's k where they fit: sums then stay in the matrix units' queue.
     if chip.vmem_bytes <= 16 * _MIB:
         return (256, 512, 2048), (256, 256, 2048), (256, 256, 512), (64, 128, 256)
-    first = (1024, 512, 4096) if chip.has_bf16_vpu and scale == "end" else (512, 512, 4096)
-    if chip.has_bf16_vpu and scale == "before":
-        first = (512, 1024, 4096)
-    return first, (512, 512, 4096), (512, 512, 1024), (256, 256, 512), (128, 128, 256)
+    smaller = (512, 512, 4096), (512, 512, 1024), (256, 256, 512), (128, 128, 256)
+    if not chip.has_bf16_vpu:
+        return smaller
+    first = {"end": (1024, 512, 8192), "before": (512, 1024, 8192), "after": (512, 512, 8192)}
+    return first[scale], (512, 512, 8192), *smaller
 
 
 def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfig | None:
