@@ -179,7 +179,7 @@ SLICES = {
 
 
 def jobs_for(topology: str) -> list[Job]:
-    """What the script compiles for a slice: products of 4096 x 8192, and the shipped decoder."""
+    """What the script compiles for a slice: products of 4096 x 8192, experts, the decoder."""
     model = SLICES[topology]
     jobs = []
     for parallel in ("column", "row", "both"):
@@ -187,6 +187,8 @@ def jobs_for(topology: str) -> list[Job]:
             name = f"{parallel}, {'backward' if backward else 'forward'}"
             size = {"m": 2048, "k": 4096, "n": 8192, "model": model}
             jobs.append(Job(name, {**size, "parallel": parallel, "backward": backward}))
+    size = {"m": 2048, "k": 4096, "n": 4096, "count": 64, "model": model}
+    jobs.append(Job("64 experts, forward", size, "benchmarks.spmd_cases:experts"))
     for backward in (False, True):
         name = f"decoder, {'gradient' if backward else 'forward'}"
         jobs.append(
