@@ -44,7 +44,7 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
     c, cut = config, Chunks.make(problem, config)
     shapes: dict[str, Any] = {}
     if c.bk != problem.k:
-        whole = c.operand == "int8" and c.scale == "end"
+        whole = c.operand.startswith("int") and c.scale == "end"
         shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
     rows = cut.count * cut.stack * c.bm
     if c.reading == "bits" and c.scale == "before":

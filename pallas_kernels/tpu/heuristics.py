@@ -65,7 +65,7 @@ def by_rules(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
     """The config that the rules give, whatever the table says; as `choose_config`."""
     operand = _operand(problem, chip)
     scale = _scale_time(problem, chip, operand)
-    if scale == "before" and operand == "int8":
+    if scale == "before" and operand.startswith("int"):
         operand = "bfloat16"
     reading = _reading(problem, chip, operand, scale)
     for bm, bn, bk in _targets(problem, chip, scale):
@@ -127,7 +127,9 @@ def _check_supported(problem: MatmulProblem) -> None:
 
 
 def _operand(problem: MatmulProblem, chip: Chip) -> str:
-    integers = problem.x_dtype == "int8" and problem.codes in ("int8", "int4")
+    if problem.x_dtype == problem.codes == "int4" and "int4" in chip.mxu_dtypes:
+        return "int4"
+    integers = {problem.x_dtype, problem.codes} <= {"int8", "int4"}
     if integers and "int8" in chip.mxu_dtypes:
         return "int8"
     floats = problem.x_dtype.startswith("float8") and problem.codes == problem.x_dtype
@@ -139,7 +141,7 @@ def _operand(problem: MatmulProblem, chip: Chip) -> str:
 def _scale_time(problem: MatmulProblem, chip: Chip, operand: str) -> ScaleTime:
     if problem.groups == 1:
         return "end"
-    if operand == "int8" and not chip.has_bf16_vpu and problem.group >= LANES:
+    if operand.startswith("int") and not chip.has_bf16_vpu and problem.group >= LANES:
         return "after"  # integer dots are worth more than the scaling of partial sums
     copies = LANES // problem.group
     if copies > 1:

@@ -24,6 +24,7 @@ from jaxquant.pallas_kernels.tpu.chips import Chip
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, vmem_bytes
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 from jaxquant.pallas_kernels.tpu.matmul import block_specs, kernel_name, kernel_operands
+from jaxquant.pallas_kernels.tpu.reading import LANES
 
 _OF_ALL = ("x", "table", "x_scale")
 _MIB = 2**20
@@ -42,6 +43,9 @@ def choose_sibling_config(problems: Sequence[MatmulProblem], chip: Chip) -> Matm
     if chip.cores > 1:
         raise Unsupported(f"{chip.name} shares columns out among its cores: a launch for each")
     narrow = min(problems, key=lambda p: p.n)
+    if narrow.n < LANES:
+        raise Unsupported(f"a weight of {narrow.n} columns: at least {LANES} share blocks")
+    narrow = dataclasses.replace(narrow, n=narrow.n // LANES * LANES)
     config = choose_config(narrow, chip)
     needed = vmem_bytes(narrow, config) * len(problems)
     limit = int(chip.vmem_bytes * 0.9)

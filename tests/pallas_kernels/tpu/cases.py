@@ -13,7 +13,8 @@ from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 
-TABLE = tuple(float(v) for v in np.round(np.sinh(np.linspace(-1.2, 1.1, 16)), 2))
+# Exact in bfloat16.
+TABLE = tuple(float(v) / 64 for v in np.round(64 * np.sinh(np.linspace(-1.2, 1.1, 16))))
 _CODES = {
     "int8": np.arange(-128, 128),
     "int4": np.arange(-8, 8),
@@ -51,6 +52,8 @@ def make(problem: MatmulProblem, seed: int = 0) -> Case:
         arrays["table"] = TABLE
     if p.x_dtype == "int8":
         x = rng.integers(-127, 128, (p.m, p.k)).astype(np.int8)
+    elif p.x_dtype == "int4":
+        x = jnp.asarray(rng.integers(-7, 8, (p.m, p.k)), jnp.int4)
     else:
         x = jnp.asarray(rng.normal(size=(p.m, p.k)), jnp.dtype(p.x_dtype))
     arrays["x"] = x

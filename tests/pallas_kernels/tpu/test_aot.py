@@ -28,6 +28,8 @@ PROBLEMS = {
     "w4a16, zero points, epilogue": MatmulProblem(8, 1024, 512, **W4A16, **EVERYTHING),
     "w4a16, groups of 32": MatmulProblem(16, 512, 512, "int4", group=32),
     "w4a8": MatmulProblem(16, 1024, 1024, **W4A16, **INT8),
+    "w4a4": MatmulProblem(64, 512, 512, **W4A16, x_dtype="int4", x_scale=True),
+    "prefill w4a4": MatmulProblem(256, 512, 512, "int4", x_dtype="int4", x_scale=True),
     "w8a8": MatmulProblem(16, 1024, 1024, "int8", **INT8),
     "w8a16": MatmulProblem(16, 1024, 1024, "int8", group=64),
     "fp8": MatmulProblem(16, 1024, 1024, "float8_e4m3fn", **FP8),
@@ -66,6 +68,10 @@ def test_every_kernel_compiles(chip):
         jobs.append(Job(name, "benchmarks.tpu_experts:kernel", arguments))
     experts = {"m": 16, "k": 512, "n": 256, "experts": 4, "codes": "int4", "group": 128}
     experts |= {"act": True, "implementation": ""}
+    if CHIPS[chip].cores == 1:
+        pair = {"product": dataclasses.asdict(PROBLEMS["w4a16"]), "columns": [512, 300]}
+        arguments = {**pair, "chip": chip}
+        jobs.append(Job("siblings", "benchmarks.tpu_siblings:siblings", arguments))
     jobs.append(Job("experts", "benchmarks.tpu_experts:product", experts))
     product = {"m": 16, "k": 512, "n": 256, "group": 64}
     jobs.append(Job("product", "benchmarks.tpu_cases:product", {**product, "qtype": "int4"}))
@@ -89,6 +95,7 @@ def test_every_kernel_compiles(chip):
     most = 64 if jax.__version_info__ >= (0, 12) else 512
     spills = {n: s.spills for n, s in got.items() if "prefill" not in n and s.spills > most}
     assert chip == "v4" or spills == {}
+    assert CHIPS[chip].cores > 1 or got["siblings"].kernels == 1
     assert got["product"].kernels == got["experts"].kernels == 1
     assert got["channel"].kernels == 0
 

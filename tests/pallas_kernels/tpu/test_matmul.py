@@ -127,6 +127,24 @@ def test_integers_are_exact(codes, group, scale, zero_point):
     np.testing.assert_array_equal(np.asarray(cases.run(problem, config, case)), x @ w)
 
 
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v6e", "v7x"])
+def test_int4_times_int4(chip):
+    """Multiplied as they are where the matrix units take int4, else as what they take.
+
+    CPUs have no dot of int4; there the same kernel multiplies int8. The dot itself is compiled in
+    test_aot.
+    """
+    operands = {"v4": "bfloat16", "v5e": "int4", "v6e": "int4", "v7x": "bfloat16"}
+    for m, group in ((20, 128), (200, 0)):
+        problem = MatmulProblem(
+            m, 512, 256, "int4", "int4", group, x_scale=True, out_dtype="float32"
+        )
+        config = choose_config(problem, CHIPS[chip])
+        assert config.operand == operands[chip]
+        on_cpu = "int8" if config.operand == "int4" else config.operand
+        check(problem, dataclasses.replace(config, operand=on_cpu))
+
+
 @pytest.mark.parametrize("reading", ["cast", "bits"])
 def test_no_races(reading, capfd):
     """Each block is written once, and nothing is read before it is there."""

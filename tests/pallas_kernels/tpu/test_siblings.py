@@ -101,6 +101,8 @@ def test_what_is_joined():
     problem = MatmulProblem(8, 256, 128, "int4", group=64)
     with pytest.raises(Unsupported, match="v5p shares columns out among its cores"):
         choose_sibling_config([problem, problem], CHIPS["v5p"])
+    with pytest.raises(Unsupported, match="a weight of 96 columns"):
+        choose_sibling_config([problem, dataclasses.replace(problem, n=96)], CHIPS["v5e"])
 
 
 def test_joined_products_are_those_apart():
