@@ -2,9 +2,9 @@
 
 `python -m benchmarks.gpu_layout` prints a line of JSON for each program: how often a weight is
 moved, the bytes of intermediate results, and how many kernels there are. Programs are a product of
-a plain matrix, of heads, of layers stacked under a scan, and that scan in a loop over tokens, each
-with weights as they are restored and as `jq.prepare` lays them out. It needs the CUDA plugin of jax
-(see `benchmarks.gpu_aot`), and is run by the tests.
+a plain matrix, of heads, of layers stacked under a scan, that scan in a loop over tokens, and
+stacked layers split over four GPUs, each with weights as they are restored and as `jq.prepare` lays
+them out. It needs the CUDA plugin of jax (see `benchmarks.gpu_aot`), and is run by the tests.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jaxquant as jq
 from benchmarks.gpu_aot import ENVIRONMENT, TARGETS, on_gpu
@@ -53,7 +55,25 @@ def tokens(p: Any, x: jax.Array) -> jax.Array:
     return lax.fori_loop(0, 8, lambda _, x: stacked(p, x), x)
 
 
-PROGRAMS = {"plain": plain, "heads": heads, "stacked": stacked, "tokens": tokens}
+def parallel(p: Any, x: jax.Array) -> jax.Array:
+    """Stacked layers on four devices: columns of the first weight split, rows of the second."""
+
+    def layer(h: jax.Array, w: Any) -> tuple[jax.Array, None]:
+        h = jnp.tanh(h @ w["up"])
+        return jnp.einsum("tf,fd->td", h, w["down"], out_sharding=PartitionSpec()), None
+
+    return lax.scan(layer, x, p)[0]
+
+
+PROGRAMS = {
+    "plain": plain,
+    "heads": heads,
+    "stacked": stacked,
+    "tokens": tokens,
+    "parallel": parallel,
+}
+_SPLIT = {"up": PartitionSpec(None, None, "model"), "down": PartitionSpec(None, "model", None)}
+_DEVICES = 4
 
 
 def parameters(name: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -61,16 +81,18 @@ def parameters(name: str) -> dict[str, jax.ShapeDtypeStruct]:
     size = WIDTH // HEADS
     shapes = {"w": (WIDTH, WIDTH), "in": (WIDTH, HEADS, size), "out": (HEADS, size, WIDTH)}
     wanted = {"plain": ("w",), "heads": ("in", "out")}.get(name, tuple(shapes))
-    lead = (LAYERS,) if name in ("stacked", "tokens") else ()
+    if name == "parallel":
+        wide = _DEVICES * WIDTH
+        shapes, wanted = {"up": (WIDTH, wide), "down": (wide, WIDTH)}, ("up", "down")
+    lead = (LAYERS,) if name in ("stacked", "tokens", "parallel") else ()
     return {key: jax.ShapeDtypeStruct((*lead, *shapes[key]), jnp.bfloat16) for key in wanted}
 
 
-def facts(name: str, recipe: str, prepared: bool, device: Any) -> dict[str, Any]:
-    """What the compiled program does with its weights."""
-    fn, here = PROGRAMS[name], SingleDeviceSharding(device)
+def on_one(name: str, recipe: str, prepared: bool, devices: Sequence[Any]) -> Any:
+    """The program compiled for one device."""
+    fn, here = PROGRAMS[name], SingleDeviceSharding(devices[0])
     x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.bfloat16, sharding=here)
-    rule = jq.Recipe(recipe, (jq.Rule(weight=SCHEMES[recipe]),))
-    weights = jq.ptq(jq.quantize(rule)(fn), parameters(name), x, progress=False)
+    weights = _quantized(name, recipe, parameters(name), x)
     weights = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), weights
     )
@@ -78,7 +100,34 @@ def facts(name: str, recipe: str, prepared: bool, device: Any) -> dict[str, Any]
         weights = jq.prepare(weights, "cuda")
     with on_gpu():
         lowered = jax.jit(jq.transform(fn)).trace(weights, x).lower(lowering_platforms=("cuda",))
-    compiled = lowered.compile()
+    return lowered.compile()
+
+
+def on_several(name: str, recipe: str, prepared: bool, devices: Sequence[Any]) -> Any:
+    """The program compiled for a mesh, the weights split as `_SPLIT` says."""
+    mesh = Mesh(np.array(devices[:_DEVICES]), ("model",), axis_types=(AxisType.Explicit,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.bfloat16, sharding=whole)
+    shapes = {
+        key: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, _SPLIT[key]))
+        for key, s in parameters(name).items()
+    }
+    with jax.set_mesh(mesh):
+        weights = _quantized(name, recipe, shapes, x)
+        if prepared:
+            weights = jq.prepare(weights, "cuda")
+        traced = jax.jit(jq.transform(PROGRAMS[name])).trace(weights, x)
+        return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+def _quantized(name: str, recipe: str, shapes: Any, x: Any) -> Any:
+    rule = jq.Recipe(recipe, (jq.Rule(weight=SCHEMES[recipe]),))
+    return jq.ptq(jq.quantize(rule)(PROGRAMS[name]), shapes, x, progress=False)
+
+
+def facts(name: str, recipe: str, prepared: bool, devices: Sequence[Any]) -> dict[str, Any]:
+    """What the compiled program does with its weights."""
+    compiled = (on_several if name == "parallel" else on_one)(name, recipe, prepared, devices)
     text = compiled.as_text()
     least = WIDTH * WIDTH * get_qtype(recipe).bits // 8
     moves = re.findall(r"= (\S+ (?:copy|transpose))\(", text)
@@ -90,6 +139,8 @@ def facts(name: str, recipe: str, prepared: bool, device: Any) -> dict[str, Any]
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "weight": least,
         "kernels": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
+        "gathers": len(re.findall(r"all-gather(?:-start)?\(", text)),
+        "reduces": len(re.findall(r"all-reduce(?:-start)?\(", text)),
     }
 
 
@@ -104,11 +155,12 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     os.environ.update(ENVIRONMENT)
     text = (TARGETS / "h200.textproto").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text)
+    several = f"1x1x{_DEVICES}"
+    topology = topologies.get_topology_desc(platform="cuda", topology=several, target_config=text)
     for recipe in SCHEMES:
         for name in PROGRAMS:
             for prepared in (True, False):
-                print(json.dumps(facts(name, recipe, prepared, topology.devices[0])), flush=True)
+                print(json.dumps(facts(name, recipe, prepared, topology.devices)), flush=True)
 
 
 if __name__ == "__main__":

@@ -101,21 +101,35 @@ def into_scan(w: QTensor) -> tuple[QTensor, Callable[[QTensor], QTensor]]:
       `(w, back)`: `back` takes a slice, without the first axis.
     """
     order = memory_order(w, w.prepared or "")
-    explicit = _compat.explicit_sharding(jax.typeof(w.codes)) is not None
-    if order == tuple(range(w.ndim)) or order[0] != 0 or explicit:
+    if order == tuple(range(w.ndim)) or order[0] != 0:
         return w, lambda part: part
-    codes = lax.transpose(w.codes, order)
-    as_bytes = codes.dtype == jnp.int4 and codes.shape[-1] % 2 == 0
-    if as_bytes:
-        pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
-        codes = lax.bitcast_convert_type(pairs, jnp.int8)
+    as_bytes = w.codes.dtype == jnp.int4 and w.codes.shape[order[-1]] % 2 == 0
     inverse = tuple(int(axis) for axis in np.argsort([axis - 1 for axis in order[1:]]))
 
-    def back(part: QTensor) -> QTensor:
-        codes = part.codes
+    def enter(codes: jax.Array) -> jax.Array:
+        codes = lax.transpose(codes, order)
+        if not as_bytes:
+            return codes
+        pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+        return lax.bitcast_convert_type(pairs, jnp.int8)
+
+    def leave(codes: jax.Array) -> jax.Array:
         if as_bytes:
             pairs = lax.bitcast_convert_type(codes, jnp.int4)
             codes = pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
-        return part.replace(codes=lax.transpose(codes, inverse))
+        return lax.transpose(codes, inverse)
 
-    return w.replace(codes=codes), back
+    def back(part: QTensor) -> QTensor:
+        return part.replace(codes=_permuting(leave, part.codes, inverse))
+
+    return w.replace(codes=_permuting(enter, w.codes, order)), back
+
+
+def _permuting(
+    move: Callable[[jax.Array], jax.Array], codes: jax.Array, order: tuple[int, ...]
+) -> jax.Array:
+    """`move(codes)`; on an explicit mesh axes stay split as they are, in their new order."""
+    sharding = _compat.permuted_sharding(jax.typeof(codes), order)
+    if sharding is None:
+        return move(codes)
+    return jax.sharding.auto_axes(move, out_sharding=sharding)(codes)

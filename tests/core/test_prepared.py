@@ -115,6 +115,29 @@ def test_sharded_weights_stay_where_they_are():
     np.testing.assert_array_equal(double(laid), double(w))
 
 
+@pytest.mark.parametrize("spec", [(None, "a", "b"), (None, "a", None), (None, None, "b")])
+def test_layers_on_an_explicit_mesh_enter_a_scan_as_they_are_split(spec):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2, devices=DEVICES)
+    plain = weight((3, 8, 4), (-2,), group=2)
+    w = jax.device_put(plain, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    @jax.jit
+    def values(w):
+        entering, back = prepared.into_scan(w)
+
+        def layer(_, part):
+            codes = back(part).codes
+            assert jax.typeof(codes).sharding.spec == PartitionSpec(*spec[1:])
+            return None, codes.astype(jnp.int8)
+
+        return lax.scan(layer, None, entering)[1]
+
+    with jax.set_mesh(mesh):
+        got = values(prepared.lay_out(w, "cuda"))
+    np.testing.assert_array_equal(got, plain.codes.astype(jnp.int8))
+    assert got.sharding.spec == PartitionSpec(*spec)
+
+
 def test_tracers_have_no_layout():
     with pytest.raises(TypeError, match="prepared outside of jit"):
         jax.jit(lambda w: prepared.lay_out(w, "cuda"))(weight((8, 4), (-2,)))
