@@ -1,10 +1,10 @@
 """Several weights with one x as one launch, by the compiler's schedules. No hardware is timed.
 
-`python -m benchmarks.tpu_siblings` writes results/tpu-siblings.md. A launch of several weights has a branch for
-each, of which a step takes one; the estimator of cycles counts all of them at every step, so the
-length of a branch is compared instead with that of a weight's own kernel. What one launch spares
-besides its own fixed cost: the first blocks of the other weights, which no work before them hides.
-Needs libtpu; see `benchmarks.tpu_aot`.
+`python -m benchmarks.tpu_siblings` writes results/tpu-siblings.md. A launch of several weights has
+a branch for each, of which a step takes one; the estimator of cycles counts all of them at every
+step, so the length of a branch is compared instead with that of a weight's own kernel. What one
+launch spares besides its own fixed cost: the first blocks of the other weights, which no work
+before them hides. Needs libtpu; see `benchmarks.tpu_aot`.
 """
 
 from __future__ import annotations
