@@ -19,6 +19,8 @@ from jaxquant.pallas_kernels.spmd import Partition
 
 # Rows [m, k] times experts [experts, k, n]; the experts' axis is neither.
 RAGGED_AXES = DotAxes((1,), (), (0,), (1,), (), (2,), "rhs")
+# Its transpose: cotangents [m, n] with the same experts, summed over n.
+RAGGED_BACK = DotAxes((1,), (), (0,), (2,), (), (1,), "rhs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class LocalExperts:
     """One device's product, given the sizes of all groups of all rows; called in `shard_map`.
 
     Attributes:
-      run: a `RaggedProduct` of the device's rows and experts.
+      run: a `RaggedProduct` of the device's rows and experts, or the like by XLA.
       partition: what each device does.
     """
 

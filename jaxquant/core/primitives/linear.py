@@ -8,6 +8,7 @@ and batching rules. With one, gradients pass it straight through. `conv.py` and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ def make_linear_primitive(
     *,
     batch_together: bool = False,
     choose: Callable[..., Choice] | None = None,
+    partitioned: Callable[..., PartitionedProduct | None] | None = None,
+    transposed: Callable[..., jax.Array | None] | None = None,
 ) -> Any:
     """A primitive over `(x, *leaves of w, *extras)`, or with codes and scale of x behind x.
 
@@ -50,6 +53,10 @@ def make_linear_primitive(
         JAX's ragged dot can be batched in no other way.
       choose: `(x, w, *extras, place=, out_dtype=, **parameters)` of abstract values to the kernel
         that the product is lowered to, or XLA; None where there are no kernels.
+      partitioned: of the same arguments, XLA's operations on each device's part where `choose`
+        found no kernel; gives None for those of the whole product. None where it always is so.
+      transposed: `(cotangent, x, w, *extras, **parameters)` to the cotangent of x as such a
+        product too, `x` being abstract; gives None for the transpose of `compute`. None likewise.
 
     Returns:
       The primitive with all its rules. Batching inlines `compute`.
@@ -89,6 +96,12 @@ def make_linear_primitive(
             raise TypeError(f"{name} with quantized activations is not linear; take jax.vjp")
         if not _compat.has_tangent(cotangent):
             return [ad.Zero(x.aval)] + [None] * len(leaves)
+
+        if transposed is not None:
+            w, *extras = unflatten_all(tree, leaves)
+            x_bar = transposed(cotangent, x.aval, w, *extras, **params)
+            if x_bar is not None:
+                return [x_bar] + [None] * len(leaves)
 
         def of_x(x: jax.Array) -> jax.Array:
             return flat(x, *leaves, tree=tree, **params)
@@ -131,6 +144,9 @@ def make_linear_primitive(
             operands = (x, *unflatten_all(tree, leaves))
             dtype = ctx.avals_out[0].dtype
             choice = choose(*operands, place=place, out_dtype=dtype, **params)
+            if choice.run is None and partitioned is not None:
+                run = partitioned(*operands, place=place, **params)
+                choice = dataclasses.replace(choice, run=run)
             if choice.run is not None:
                 surroundings["device"] = _compat.abstract_device(device)
             if isinstance(choice.run, PartitionedProduct):

@@ -32,14 +32,23 @@ from jaxquant.pallas_kernels.dispatch import (
     Implementation,
     Place,
     check_implementation,
+    part_of,
 )
+from jaxquant.pallas_kernels.dot_axes import DotAxes
+from jaxquant.pallas_kernels.problem import Unsupported
 from jaxquant.pallas_kernels.ragged_dispatch import choose_ragged
-from jaxquant.pallas_kernels.spmd_ragged import RAGGED_AXES
+from jaxquant.pallas_kernels.spmd import PartitionedProduct
+from jaxquant.pallas_kernels.spmd_ragged import RAGGED_AXES, RAGGED_BACK, LocalExperts
 
 _PLAIN = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (1,)), ((), ())),
     lhs_ragged_dimensions=[0],
     rhs_group_dimensions=[0],
+)
+_BACK = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())),
+    lhs_ragged_dimensions=(0,),
+    rhs_group_dimensions=(0,),
 )
 
 
@@ -180,10 +189,83 @@ def _compute(
     )
 
 
+def _partitioned(
+    x: Any, w: QTensor, group_sizes: Any, *, act: ActQuant | None, place: Place, **params: Any
+) -> PartitionedProduct | None:
+    """XLA's operations on each device's part, where that is known.
+
+    XLA's own partitioner gathers the dequantized experts.
+    """
+    axes = _axes(x, w, group_sizes, params)
+    if axes is None:
+        return None
+    place = placed(place, x, w.codes, w.mesh_layout, axes, None)
+    try:
+        parts = part_of(place, tuple(x.shape), static_side(w, place), axes, act, experts=(0,))
+    except Unsupported:
+        return None
+    if parts is None:
+        return None
+    packed = w.packed_axis
+    length = None if packed is None else parts.weight.shape[packed]
+
+    def local(
+        x: jax.Array,
+        quantized: Sequence[jax.Array] | None,
+        codes: jax.Array,
+        scale: jax.Array,
+        zero_point: jax.Array | None,
+        input_scale: jax.Array | None,
+        sizes: jax.Array,
+    ) -> jax.Array:
+        own = w.replace(
+            codes=codes,
+            scale=scale,
+            zero_point=zero_point,
+            input_scale=input_scale,
+            packed_length=length,
+        )
+        out = _compute(x, own, sizes, act=act, quantized_x=quantized or (), **params)
+        others = jnp.arange(out.shape[0]) >= jnp.sum(sizes)
+        return jnp.where(others[:, None], jnp.zeros_like(out), out)
+
+    return PartitionedProduct(LocalExperts(local, parts), parts, axes, act)
+
+
+def _transposed(
+    cotangent: jax.Array,
+    x: Any,
+    w: QTensor,
+    group_sizes: jax.Array,
+    *,
+    act: None,
+    x_quantized: bool,
+    **params: Any,
+) -> jax.Array | None:
+    """The cotangent of rows is a product with the same experts, whose columns it sums over."""
+    del x_quantized  # x is linear: it is not
+    if _axes(x, w, group_sizes, params) is not RAGGED_AXES:
+        return None
+    params |= {"ragged_dot_dimension_numbers": _BACK, "implementation": None}
+    out = bind_linear(quantized_ragged_dot_p, cotangent, w, group_sizes, act=act, **params)
+    return out.astype(x.dtype)
+
+
+def _axes(x: Any, w: QTensor, group_sizes: Any, params: dict[str, Any]) -> DotAxes | None:
+    """Which axis does what, if it is the plain form or the transpose of that."""
+    if reference_conv.plain_ragged(x, w, group_sizes, params):
+        return RAGGED_AXES
+    if params["ragged_dot_dimension_numbers"] == _BACK and params.get("group_offset") is None:
+        return RAGGED_BACK
+    return None
+
+
 quantized_ragged_dot_p = make_linear_primitive(
     "quantized_ragged_dot",
     _compat.ragged_dot_general_p,
     _compute,
     batch_together=True,
     choose=choose_ragged_kernel,
+    partitioned=_partitioned,
+    transposed=_transposed,
 )

@@ -1,5 +1,7 @@
 """Rows grouped by expert on 8 devices: experts, their columns, what is summed, and rows split."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,7 @@ def test_values_and_gradient(problems, how):
             close(fn(x, placed, jnp.array(sizes)), exact(X, w, sizes) + 0.0)
         grad = jax.jit(jax.grad(lambda x, *rest: quantized_ragged_dot(x, *rest).sum()))
         got = grad(x, placed, jnp.array(SIZES[0]))
+        back = grad.lower(x, placed, jnp.array(SIZES[0])).compile().as_text()
         found = collectives(quantized_ragged_dot, x, placed, jnp.array(SIZES[0]))
     owner = np.repeat(np.arange(8), SIZES[0])
     want = np.zeros(X.shape)
@@ -89,6 +92,8 @@ def test_values_and_gradient(problems, how):
     assert (p.m, p.k, p.n, problems[0].experts) == own
     if moved is not None:
         assert list(found) == moved
+    # No expert is gathered, in codes or in floats: [experts, ...] has three axes, rows have two.
+    assert re.findall(r"\[\d+,\d+,\d+\]\S* all-gather", back) == []
 
 
 @pytest.mark.parametrize("spec", [P("model", None, None), P(None, "model", None)], ids=str)
@@ -112,4 +117,19 @@ def test_without_a_record_it_is_the_partitioners(problems):
         forced = jax.jit(lambda *a: quantized_ragged_dot(*a, implementation="pallas"))
         with pytest.raises(ValueError, match=r"jaxquant\.with_shardings"):
             forced(x, placed, sizes)
+    assert problems == []
+
+
+def test_xlas_operations_are_wrapped_too(problems, monkeypatch):
+    """Where no kernel fits; its partitioner would gather the dequantized experts."""
+    monkeypatch.delitem(ragged_dispatch.SELECT, "cpu")
+    mesh, w = mesh_of(AUTO), quantize_array(W, "int3", (1, 8, 1))
+    with jax.set_mesh(mesh):
+        x, sizes = place(X, mesh, P("data", None)), jnp.array(SIZES[0])
+        for spec in (P("model", None, None), P(None, "model", None), P(None, None, "model")):
+            placed = place_weight(w, mesh, spec)
+            fn = jax.jit(lambda *a: quantized_ragged_dot(*a))
+            close(fn(x, placed, sizes), exact(X, w, SIZES[0]))
+            text = fn.lower(x, placed, sizes).compile().as_text()
+            assert "all-gather" not in text
     assert problems == []
