@@ -188,7 +188,9 @@ def jobs_for(topology: str) -> list[Job]:
             size = {"m": 2048, "k": 4096, "n": 8192, "model": model}
             jobs.append(Job(name, {**size, "parallel": parallel, "backward": backward}))
     size = {"m": 2048, "k": 4096, "n": 4096, "count": 64, "model": model}
-    jobs.append(Job("64 experts, forward", size, "benchmarks.spmd_cases:experts"))
+    for backward in (False, True):
+        name = f"64 experts, {'backward' if backward else 'forward'}"
+        jobs.append(Job(name, {**size, "backward": backward}, "benchmarks.spmd_cases:experts"))
     for backward in (False, True):
         name = f"decoder, {'gradient' if backward else 'forward'}"
         jobs.append(

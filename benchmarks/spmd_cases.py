@@ -105,14 +105,27 @@ def product(
 
 
 def experts(
-    devices: Any, m: int, k: int, n: int, count: int, group: int = 128, model: int = 2
+    devices: Any,
+    m: int,
+    k: int,
+    n: int,
+    count: int,
+    group: int = 128,
+    model: int = 2,
+    backward: bool = False,
 ) -> tuple[Any, Any]:
     """Rows grouped by expert, the experts over "model" and the rows over "data"."""
     mesh = mesh_of(devices, model, "auto")
     w = weight(mesh, (count, k, n), P("model", None, None), "int4", (1, group, 1))
     x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16, sharding=NamedSharding(mesh, P("data", None)))
     sizes = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=NamedSharding(mesh, P()))
-    return quantized_ragged_dot, (x, w, sizes)
+    if not backward:
+        return quantized_ragged_dot, (x, w, sizes)
+
+    def summed(x: jax.Array, w: QTensor, sizes: jax.Array) -> jax.Array:
+        return jnp.sum(quantized_ragged_dot(x, w, sizes).astype(jnp.float32))
+
+    return jax.grad(summed), (x, w, sizes)
 
 
 def decoder(

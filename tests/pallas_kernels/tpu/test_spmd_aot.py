@@ -85,8 +85,13 @@ def test_the_shipped_decoder():
 
 
 def test_experts():
-    size = {"m": 256, "k": 512, "n": 512, "count": 8}
-    jobs = [Job("experts", {**size, "model": 4}, "benchmarks.spmd_cases:experts")]
-    program = compiled(jobs, "v5e:4x4")["experts"]
-    assert program.kernels == 1
-    assert program.collectives == [["all-reduce", 256 // 4 * 512 * 2]]
+    """Backwards as well: XLA's partitioner, left alone, gathers the dequantized experts."""
+    size = {"m": 256, "k": 512, "n": 256, "count": 8, "model": 4}
+    jobs = [
+        Job(f"backward={backward}", {**size, "backward": backward}, "benchmarks.spmd_cases:experts")
+        for backward in (False, True)
+    ]
+    forward, back = compiled(jobs, "v5e:4x4").values()
+    assert forward.kernels == 1
+    assert forward.collectives == [["all-reduce", 256 // 4 * 256 * 2]]
+    assert back.collectives == [["all-reduce", 256 // 4 * 512 * 2]]
