@@ -53,8 +53,7 @@ class SiblingProducts:
             table=first.weight.table,
             interpret=interpret,
         )
-        pairs = zip(self.products, outs, strict=True)
-        return [product.lay_out(out, x) for product, out in pairs]
+        return [p.lay_out(out, x) for p, out in zip(self.products, outs, strict=True)]
 
 
 def join(runs: Sequence[Any]) -> SiblingProducts | None:
@@ -64,9 +63,10 @@ def join(runs: Sequence[Any]) -> SiblingProducts | None:
       runs: what `Choice.run` is for each product of the same x, quantized alike.
     """
     products = tuple(run for run in runs if isinstance(run, MatrixProduct))
-    if len(products) < max(2, len(runs)) or products[0].kernel.together is None:
+    if len(products) < max(2, len(runs)):
         return None
     first, *others = products
+    together = first.kernel.together
     alike = all(
         p.weight.table == first.weight.table
         and p.axes.x_free == first.axes.x_free
@@ -75,7 +75,7 @@ def join(runs: Sequence[Any]) -> SiblingProducts | None:
         and dataclasses.replace(p.problem, n=first.problem.n) == first.problem
         for p in others
     )
-    if not alike:
+    if together is None or not alike:
         return None
-    multiply = first.kernel.together([p.problem for p in products])
+    multiply = together([p.problem for p in products])
     return None if multiply is None else SiblingProducts(products, multiply)

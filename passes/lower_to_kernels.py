@@ -129,8 +129,9 @@ class LowerToKernels(Pass):
         p = eqn.params
         try:
             if eqn.primitive is primitives.quantized_ragged_dot_p:
+                w, group_sizes = stored
                 params = {**p, "implementation": self.implementation}
-                return [primitives.describe_ragged_dot(x, *stored, params, place=place)]
+                return [primitives.describe_ragged_dot(x, w, group_sizes, params, place=place)]
             products = []
             for w, out in zip(weights, eqn.outvars, strict=True):
                 axes = DotAxes.make(p["dimension_numbers"], x.ndim, w.ndim, p["weight_side"])

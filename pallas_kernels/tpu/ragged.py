@@ -30,14 +30,14 @@ class Visits(NamedTuple):
     """What each step of the grid's second axis does; int32 arrays with room for the most visits.
 
     Attributes:
-      count: how many there are, [1].
+      total: how many there are, [1].
       tile: the tile of rows.
       expert: whose rows are multiplied.
       start: the expert's first row.
       end: the row behind its last; `start` again where no row of the tile is anyone's.
     """
 
-    count: jax.Array
+    total: jax.Array
     tile: jax.Array
     expert: jax.Array
     start: jax.Array
@@ -115,6 +115,7 @@ def ragged_matmul(
     rows = max(p.m, c.bm)
     several = pl.cdiv(rows, c.bm) > 1
     scratch = scratch_shapes(p, c)
+    shared: Any = "parallel" if c.parallel else "arbitrary"
     names = (*Visits._fields[1:], *operands, "out", *scratch)
 
     def kernel(*refs: Any) -> None:
@@ -132,14 +133,14 @@ def ragged_matmul(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(Visits._fields) - 1,
-            grid=(pl.cdiv(p.n, c.bn), visits.count[0], p.k // c.bk),
+            grid=(pl.cdiv(p.n, c.bn), visits.total[0], p.k // c.bk),
             in_specs=[specs[name] for name in operands],
             out_specs=specs["out"],
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=jax.ShapeDtypeStruct((rows, p.n), jnp.dtype(p.out_dtype)),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel" if c.parallel else "arbitrary", *["arbitrary"] * 2),
+            dimension_semantics=(shared, "arbitrary", "arbitrary"),
             vmem_limit_bytes=c.vmem_limit_bytes,
         ),
         interpret=interpret,

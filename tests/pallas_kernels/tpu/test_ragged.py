@@ -126,7 +126,7 @@ def test_visits_cover_each_row_once(sizes, bm):
     rows = 100
     more = rows - sum(sizes)
     visits = make_visits(jnp.asarray(sizes, jnp.int32), rows, bm)
-    count = int(visits.count[0])
+    count = int(visits.total[0])
     assert count <= visits.tile.shape[0] == -(-rows // bm) + len(sizes)
     tile, expert, start, end = (np.asarray(part)[:count] for part in visits[1:])
     assert (np.diff(tile) >= 0).all() and set(tile) == set(range(-(-rows // bm)))
