@@ -8,7 +8,7 @@ bytes that must be moved over the bandwidth (`pallas_kernels/tpu/chips.py` has b
 is known. Needs libtpu; see `benchmarks.tpu_aot`.
 
 A run takes long, so each program is written down when it is compiled, and `--resume` takes those of
-the same compiler from the file.
+the same compiler and config from the file. After a change of a kernel's body, do not resume.
 """
 
 from __future__ import annotations
