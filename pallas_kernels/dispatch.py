@@ -139,7 +139,7 @@ def choose(
             reason += "; codes are transposed at every call: jaxquant.prepare does it once"
         run: Callable[..., jax.Array] = product
         if parts is not None:
-            run = PartitionedProduct(product, parts, axes, act)
+            run = PartitionedProduct(product, parts, act)
         return Choice(kernel.name, reason, run)
 
     return settle(place, implementation, find)

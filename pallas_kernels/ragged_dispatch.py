@@ -77,7 +77,7 @@ def choose_ragged(
         product = RaggedProduct(problem, kernel, own, act)
         if parts is None:
             return Choice(kernel.name, kernel.reason, product)
-        run = PartitionedProduct(LocalExperts(product, parts), parts, RAGGED_AXES, act)
+        run = PartitionedProduct(LocalExperts(product, parts), parts, act)
         return Choice(kernel.name, f"{kernel.reason}; {parts}", run)
 
     return settle(place, implementation, find)

@@ -64,8 +64,7 @@ class Partition:
     Attributes:
       names: all mesh axes that become manual.
       x: how x is split among the devices.
-      w: how the weight is.
-      scale: how scales and zero points are.
+      w: how the weight is, and its scales where they are more than one.
       out: how the result is, after what follows.
       summed: mesh axes over which the devices' results are summed.
       scattered: of these, those whose sum is left in pieces: name and axis of the result.
@@ -80,7 +79,6 @@ class Partition:
     names: Names
     x: tuple[Names, ...]
     w: tuple[Names, ...]
-    scale: tuple[Names, ...]
     out: tuple[Names, ...]
     summed: Names
     scattered: tuple[tuple[str, int], ...]
@@ -123,7 +121,6 @@ def partition(
     """
     w = split.w
     local_weight, scale_shape = _local_weight(split, weight)
-    scale = tuple(names if size > 1 else () for names, size in zip(w, scale_shape, strict=True))
     taken = {name for names in w for name in names}
     x: list[Names] = [()] * len(x_shape)
     wanted: list[Names] = [()] * len(x_shape)  # as x lies, without regard to the weight
@@ -142,7 +139,6 @@ def partition(
         tuple(name for name, _ in split.mesh),
         tuple(x),
         w,
-        scale,
         out,
         summed,
         scattered,
@@ -216,15 +212,13 @@ class PartitionedProduct:
     """Runs one device's product on every device; called under a mesh of as many axes.
 
     Attributes:
-      run: one device's product: `(x, quantized, codes, scale, zero_point, input_scale)`.
+      run: one device's product: `(x, quantized, codes, scale, zero_point, input_scale, *extras)`.
       partition: what each device does.
-      axes: which axis does what.
       act: how x is quantized, or None.
     """
 
     run: Callable[..., jax.Array]
     partition: Partition
-    axes: DotAxes
     act: ActQuant | None
 
     def __call__(
@@ -257,8 +251,8 @@ class PartitionedProduct:
             "x": (x if quantized is None else quantized[0], p.x),
             "quantized": (quantized, p.x),
             "codes": (codes, p.w),
-            "scale": (_repeated(scale, p.scale_shape), p.scale),
-            "zero_point": (_repeated(zero_point, p.scale_shape), p.scale),
+            "scale": (_repeated(scale, p.scale_shape), p.w),
+            "zero_point": (_repeated(zero_point, p.scale_shape), p.w),
             "input_scale": (input_scale, p.w),
         }
         operands = {name: part for name, (part, _) in parts.items() if part is not None}

@@ -229,7 +229,7 @@ def _partitioned(
         others = jnp.arange(out.shape[0]) >= jnp.sum(sizes)
         return jnp.where(others[:, None], jnp.zeros_like(out), out)
 
-    return PartitionedProduct(LocalExperts(local, parts), parts, axes, act)
+    return PartitionedProduct(LocalExperts(local, parts), parts, act)
 
 
 def _transposed(

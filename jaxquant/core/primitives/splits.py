@@ -60,8 +60,8 @@ def _split(
     """The split over the mesh axes that are left, or why it is not known."""
     automatic = {name: n for name, n in rest if kinds.get(name) != "explicit"}
     typed = [_typed(part) for part in (x, codes)]
-    if None in typed:
-        return "an operand is a sum that is still to be made over mesh axes"
+    if None in typed or (out is not None and out.spec.unreduced):
+        return "an operand or the result is a sum that is still to be made over mesh axes"
     of_x, of_w = ([*entries] for entries in typed if entries is not None)
     if automatic:
         shown = ", ".join(automatic)
