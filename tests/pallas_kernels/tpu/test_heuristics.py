@@ -1,0 +1,51 @@
+"""The rules that the static schedules led to: each is named by what it spares."""
+
+import dataclasses
+
+import pytest
+
+from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.tpu.chips import CHIPS
+from jaxquant.pallas_kernels.tpu.heuristics import by_rules
+from jaxquant.pallas_kernels.tpu.select import select
+
+INT4 = MatmulProblem(16, 4096, 4096, "int4", group=128)
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "scale"),
+    [(16, 128, "after"), (128, 128, "after"), (129, 128, "before"), (1024, 128, "before")]
+    + [(16, 32, "after"), (17, 32, "before"), (32, 64, "after"), (33, 64, "before")],
+)
+def test_scales_meet_whichever_is_smaller(rows, group, scale):
+    problem = dataclasses.replace(INT4, m=rows, group=group)
+    assert by_rules(problem, CHIPS["v6e"]).scale == scale
+
+
+@pytest.mark.parametrize(
+    ("chip", "rows", "reading"),
+    [("v4", 16, "bits"), ("v4", 64, "bits"), ("v4", 256, "bits"), ("v5e", 16, "bits")]
+    + [("v5e", 64, "cast"), ("v5p", 256, "cast"), ("v6e", 16, "cast"), ("v6e", 256, "staged")]
+    + [("v7x", 16, "cast"), ("v7x", 1024, "staged")],
+)
+def test_codes_are_read_in_the_fewest_operations(chip, rows, reading):
+    assert by_rules(dataclasses.replace(INT4, m=rows), CHIPS[chip]).reading == reading
+
+
+@pytest.mark.parametrize(("k", "depth"), [(4096, 4096), (8192, 8192), (14336, 7168)])
+def test_sums_stay_in_the_matrix_units(k, depth):
+    """Many rows: as much of k in a block as fits, in equal parts."""
+    for group in (128, k):
+        problem = dataclasses.replace(INT4, m=1024, k=k, group=group)
+        for chip in ("v6e", "v7x"):
+            config = by_rules(problem, CHIPS[chip])
+            assert config.bk == depth
+            assert config.vmem_limit_bytes <= CHIPS[chip].vmem_bytes * 0.9
+
+
+def test_v4_leaves_int8_to_xla():
+    problem = dataclasses.replace(INT4, codes="int8")
+    with pytest.raises(Unsupported, match="int8 codes are converted in so many steps on v4"):
+        select(problem, "TPU v4", forced=False)
+    assert "int8" in select(problem, "TPU v4", forced=True).name
+    assert "int8" in select(problem, "TPU v5 lite", forced=False).name
