@@ -105,8 +105,8 @@ def flatten(
         )
     if weight.codes not in STORAGE:
         raise Unsupported(f"no kernel reads {weight.codes} codes")
-    if weight.codes in PACKED and contract != [weight.packed_axis]:
-        raise Unsupported("codes are packed along another axis than the contracted one")
+    if weight.codes in PACKED:
+        _check_packed(weight, contract)
     m, n = axes.rows(x_shape), axes.columns(weight.shape)
     k = math.prod(weight.shape[a] for a in contract)
     if not m * n * k:
@@ -127,6 +127,15 @@ def flatten(
         x_scale=act is not None,
         out_dtype=jnp.dtype(out_dtype).name,
     )
+
+
+def _check_packed(weight: Weight, contract: list[int]) -> None:
+    """That the bytes of the contracted axes, flattened, are those of one packed axis."""
+    if weight.packed_axis != contract[-1]:
+        raise Unsupported("codes are packed along another axis than the contracted one")
+    length = weight.shape[contract[-1]]
+    if len(contract) > 1 and length % 8:
+        raise Unsupported(f"codes are packed along an axis of {length}, which ends within a byte")
 
 
 def _k_first(axes: DotAxes) -> bool:

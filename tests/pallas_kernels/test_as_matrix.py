@@ -83,22 +83,46 @@ def test_the_product_is_the_references(layout, k_minor, act):
     assert not ready.moves_codes
 
 
-@pytest.mark.parametrize("packed_axis", [0, 1])
-def test_packed_codes_of_either_orientation(packed_axis):
+HEADS_FIRST = (((1, 2), (0, 1)), ((), ()))
+HEADS_LAST = (((1, 2), (1, 2)), ((), ()))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "shape", "scale_shape", "packed_axis", "dims"),
+    [
+        ((8, 64), (64, 24), (4, 24), 0, PLAIN),
+        ((8, 64), (24, 64), (24, 4), 1, LAST),
+        ((8, 4, 16), (4, 16, 24), (4, 2, 24), 1, HEADS_FIRST),
+        ((8, 4, 16), (24, 4, 16), (24, 4, 1), 2, HEADS_LAST),
+    ],
+)
+def test_packed_codes_of_either_orientation(x_shape, shape, scale_shape, packed_axis, dims):
     rng = np.random.default_rng(0)
-    shape, dims = ((64, 24), PLAIN) if packed_axis == 0 else ((24, 64), LAST)
     values = rng.choice([-3, -1, 1, 3], shape).astype(np.int8)
     codes = packing.pack(jnp.asarray(values), 2, packed_axis)
-    scale_shape = (4, 24) if packed_axis == 0 else (24, 4)
     scale = jnp.asarray(rng.uniform(0.5, 2, scale_shape), jnp.float32)
     weight = Weight("int2", shape, scale_shape, packed_axis=packed_axis)
-    axes = DotAxes.make(dims, 2, 2, "rhs")
-    problem = flatten((8, 64), "float32", weight, axes, None, "float32", k_last=True)
+    axes = DotAxes.make(dims, len(x_shape), len(shape), "rhs")
+    problem = flatten(x_shape, "float32", weight, axes, None, "float32", k_last=True)
     kernel = Kernel("one", "", multiply(True, problem), k_minor=True)
-    x = jnp.asarray(rng.normal(size=(8, 64)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=x_shape), jnp.float32)
     got = MatrixProduct(problem, kernel, weight, axes, None)(x, None, codes, scale, None, None)
     want = reference.dot_general(x, jnp.asarray(values), scale, dimension_numbers=dims)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "packed_axis", "reason"),
+    [
+        ((16, 4, 24), 0, "along another axis than the contracted one"),
+        ((4, 12, 24), 1, "an axis of 12, which ends within a byte"),
+    ],
+)
+def test_packed_codes_that_are_no_matrix_of_bytes(shape, packed_axis, reason):
+    weight = Weight("int2", shape, (*shape[:2], 24), packed_axis=packed_axis)
+    axes = DotAxes.make(HEADS_FIRST, 3, 3, "rhs")
+    with pytest.raises(Unsupported, match=reason):
+        flatten((8, *shape[:2]), "bfloat16", weight, axes, None, "bfloat16")
 
 
 @pytest.mark.parametrize("layout", LAST_LAYOUTS, ids=lambda p: f"{p[1]}-{p[4]}")
