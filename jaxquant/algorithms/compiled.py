@@ -55,7 +55,8 @@ def compile(
         anywhere between, before or after them. They start from the float program.
       verify: what is checked after each pass (see `PassManager`).
       place: where the program will run: what `records` say of its kernels is for there. None for
-        devices of the default kind, as many as the arrays' shardings say. What runs is settled when it is lowered, for the device.
+        devices of the default kind, as many as the arrays' shardings say. What runs is settled
+        when it is lowered, for the device.
       **kwargs: keyword arguments of the call.
 
     Returns:
