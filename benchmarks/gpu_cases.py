@@ -42,8 +42,10 @@ def ours(problem: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any]:
     """`quantized_matmul` with this problem and config (their fields)."""
     p, c = MatmulProblem(**problem), GpuConfig(**config)
 
+    table = tuple(range(-8, 8)) if p.codes == "table4" else None
+
     def fn(arrays: dict[str, jax.Array]) -> jax.Array:
-        return quantized_matmul(**arrays, problem=p, config=c)
+        return quantized_matmul(**arrays, problem=p, config=c, table=table)
 
     return fn, (operands(p),)
 

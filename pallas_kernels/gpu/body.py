@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxquant.pallas_kernels.gpu import epilogue, reading
+from jaxquant.pallas_kernels.gpu import epilogue, reading, reading_table
 from jaxquant.pallas_kernels.gpu.config import (
     AXIS,
     CLUSTER,
@@ -28,6 +28,7 @@ from jaxquant.pallas_kernels.gpu.config import (
     needs_sums,
     out_dtype,
 )
+from jaxquant.pallas_kernels.gpu.layouts import scales_by_lane
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
 
 Refs = dict[str, Any]
@@ -67,6 +68,10 @@ def scratch_types(problem: MatmulProblem, config: GpuConfig) -> Refs:
             if getattr(problem, name):
                 types[f"{name}_tile"] = tile
                 types[f"{name}_barrier"] = plgpu.Barrier(num_barriers=c.warpgroups)
+    if problem.codes == "table4":
+        shape = (reading_table.ENTRIES, reading_table.BANKS)
+        types["table_pairs"] = plgpu.SMEM(shape, jnp.int32)
+        types["table_barrier"] = plgpu.Barrier(num_arrivals=1)
     if c.staged:
         operand = jnp.dtype(c.operand)
         transforms = _tiled(math.gcd(c.chunk(problem), problem.k), operand)
@@ -98,6 +103,9 @@ def matmul_body(refs: Refs, problem: MatmulProblem, config: GpuConfig, interpret
         pl.run_scoped, allocations=some.get_allocations(*sources), collective_axes=AXIS
     )
     def _(allocations: Any) -> None:
+        if "table" in refs:
+            _bring_table(refs)
+
         def tile(row: Any, column: Any, part: Any) -> None:
             if config.cluster > 1:
                 column = column * config.cluster + lax.axis_index(CLUSTER)
@@ -120,6 +128,16 @@ def matmul_body(refs: Refs, problem: MatmulProblem, config: GpuConfig, interpret
     plgpu.wait_smem_to_gmem(0)
 
 
+def _bring_table(refs: Refs) -> None:
+    """Copies the table's pairs to shared memory, once a block."""
+
+    @pl.when(lax.axis_index(AXIS) == 0)
+    def _() -> None:
+        plgpu.copy_gmem_to_smem(refs["table"], refs["table_pairs"], refs["table_barrier"])
+
+    plgpu.barrier_wait(refs["table_barrier"])
+
+
 def _pipeline(
     problem: MatmulProblem,
     config: GpuConfig,
@@ -133,14 +151,17 @@ def _pipeline(
     count = c.steps(problem)
     first = part * count
     groups = max(1, c.bk // problem.group)
-    per = reading.words_of(problem.codes, c).codes
     operand = jnp.dtype(c.operand)
 
     def group_of(k: Any) -> Any:
         return first + k if c.bk >= problem.group else lax.div((first + k) * c.bk, problem.group)
 
     cut = c.chunk(problem) if c.reading == "direct" else c.bk
-    element_bits = STORAGE[problem.codes][1] * per
+    words = functools.partial(reading.elements, codes=problem.codes, config=c)
+    cut = math.gcd(cut, problem.k)
+    element_bits = STORAGE[problem.codes][1] * cut // words(cut)
+    # Rows of three words a lane lie without conflicts of banks as they are.
+    as_they_are = problem.codes == "int3"
     specs = {
         "x": plgpu.BlockSpec(
             (c.bm, c.bk),
@@ -149,9 +170,9 @@ def _pipeline(
             collective_axes=(CLUSTER,) if c.cluster > 1 else None,
         ),
         "codes": plgpu.BlockSpec(
-            (c.tile_n, c.bk // per),
+            (c.tile_n, words(c.bk)),
             lambda k: (column, first + k),
-            transforms=_tiled_bits(math.gcd(cut, problem.k) // per, element_bits),
+            transforms=() if as_they_are else _tiled_bits(words(cut), element_bits),
         ),
         "scale": plgpu.BlockSpec((groups, c.tile_n), lambda k: (group_of(k), column)),
         "zero_point": plgpu.BlockSpec((groups, c.tile_n), lambda k: (group_of(k), column)),
@@ -244,21 +265,21 @@ def _step(
     size = c.chunk(problem)
     weight = None
     if c.reading != "direct":
-        weight = reading.load(block["codes"].at[columns], c, interpret)
+        weight = reading.load(block["codes"].at[columns], problem.codes, c, interpret)
     for i in range(c.bk // size):
         at = pl.ds(i * size, size)
         x = block["x"].at[:, at].T
         group: Refs = {
-            name: plgpu.load(block[name].at[i, columns], layout=_BY_COLUMN)
+            name: _of_chunk(block[name], i, c.lane_groups(problem), columns, interpret)
             for name in ("scale", "zero_point")
             if name in block
         }
         if weight is None:
             operand: Any = block["codes"].at[columns, at]
         else:
-            width = size // reading.words_of(problem.codes, c).codes
+            width = reading.elements(size, problem.codes, c)
             part = weight[:, i * width : (i + 1) * width]
-            operand = _operand(part, group, problem, c, interpret)
+            operand = _operand(part, group, problem, c, interpret, refs.get("table_pairs"))
             if c.staged:
                 staging = refs["staging"].at[own, :, at]
                 staging[...] = operand
@@ -286,25 +307,43 @@ def _step(
     return carry
 
 
+def _of_chunk(block: Any, i: int, groups: int, columns: Any, interpret: bool) -> jax.Array:
+    """Scales or zero points of the i-th chunk: [bn], or [groups, bn] where lanes have their own."""
+    if groups == 1:
+        return plgpu.load(block.at[i, columns], layout=_BY_COLUMN)
+    own = block.at[pl.ds(i * groups, groups), columns]
+    return own[...] if interpret else plgpu.load(own, layout=scales_by_lane(groups))
+
+
 def _operand(
-    codes: jax.Array, group: Refs, problem: MatmulProblem, config: GpuConfig, interpret: bool
+    codes: jax.Array,
+    group: Refs,
+    problem: MatmulProblem,
+    config: GpuConfig,
+    interpret: bool,
+    table: Any,
 ) -> jax.Array:
     """The operand of a chunk, less its offset and zero points, and scaled if scales come before."""
-    out = reading.convert(codes, problem.codes, config, interpret)
+    out = reading.convert(codes, problem.codes, config, interpret, table)
     if config.operand != "bfloat16":
         return out
+
+    def spread(rows: jax.Array) -> jax.Array:
+        if rows.ndim == 2:
+            return reading.spread_by_lane(rows, out.shape[1], interpret)
+        return lax.broadcast_in_dim(rows, out.shape, [0])
+
     words = reading.words_of(problem.codes, config)
     offset = words.offset
     if words.factor != 1.0:
         out = out * jnp.bfloat16(words.factor)
     if "zero_point" in group:
         zero = (group["zero_point"].astype(jnp.float32) + offset).astype(jnp.bfloat16)
-        out = out - lax.broadcast_in_dim(zero, out.shape, [0])
+        out = out - spread(zero)
     elif offset:
         out = out - jnp.bfloat16(offset)
     if config.scale == "before":
-        scale = group["scale"].astype(jnp.bfloat16)
-        out = out * lax.broadcast_in_dim(scale, out.shape, [0])
+        out = out * spread(group["scale"].astype(jnp.bfloat16))
     return out
 
 

@@ -22,6 +22,8 @@ Reading = Literal["direct", "cast", "bits"]
 
 AXIS, CLUSTER = "wg", "cluster"  # of a block's warpgroups and a cluster's blocks, in kernels
 _MOST_TOGETHER = 128
+# Contracted values of which the four lanes that share a row hold whole words each.
+_WHOLE_WORDS = {"int2": 64, "int3": 128}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,11 @@ class GpuConfig:
         """
         if self.scale == "end":
             return math.gcd(self.bk, _MOST_TOGETHER) if self.bk > _MOST_TOGETHER else self.bk
-        return min(self.bk, problem.group)
+        return max(_WHOLE_WORDS.get(problem.codes, 0), min(self.bk, problem.group))
+
+    def lane_groups(self, problem: MatmulProblem) -> int:
+        """Groups that a chunk has; where there are several, each is of other lanes."""
+        return 1 if self.scale == "end" else max(1, self.chunk(problem) // problem.group)
 
     def steps(self, problem: MatmulProblem) -> int:
         """Steps of a part of k; the last ones of the last part may lie beyond its end."""
@@ -118,4 +124,5 @@ def shared_bytes(problem: MatmulProblem, config: GpuConfig) -> int:
     tile = c.bm * c.tile_n * dtype_bytes(out_dtype(p, c))
     tiles = 1 if is_outside(p, c) else 1 + p.gate + p.residual
     staging = c.tile_n * c.bk * dtype_bytes(c.operand) if c.staged else 0
+    staging += 2**15 if p.codes == "table4" else 0
     return min(c.stages, c.steps(p)) * step + tiles * tile + staging + 4096

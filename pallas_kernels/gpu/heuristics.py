@@ -25,7 +25,9 @@ from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, Unsupported,
 
 # Up to this many rows x is one block and the weight streams.
 DECODE_ROWS = 64
-_CODES = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
+_CODES = ("int8", "int4", "int3", "int2", "table4", "float8_e4m3fn", "float8_e5m2")
+# k is a multiple of these: rows of words that the copy engine takes, and whole words a lane.
+_GRANULE = {"int4": 64, "table4": 64, "int3": 128, "int2": 128}
 _X = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
 # Bytes of codes in a column and step of few rows: a line of the memory.
 _LINE = 128
@@ -33,6 +35,8 @@ _MOST_STAGES = 8
 # A part of k has at least so many steps: fewer do not fill the stages.
 _LEAST_STEPS = 2
 _MOST_PARTS = 16
+# Shorter groups of packed codes are spread over lanes of the tensor cores' operand.
+_LANE_GROUPS = {"int3": 128, "int2": 64}
 # Share of the multiprocessors' time in whole waves of blocks that is good enough.
 _BUSY = 0.85
 
@@ -67,7 +71,7 @@ def _check_supported(problem: MatmulProblem) -> None:
         raise Unsupported(f"x in {p.x_dtype} has no GPU kernel")
     if p.groups > 1 and p.group % 32:
         raise Unsupported(f"groups of {p.group} are no multiple of 32")
-    granule = 64 if p.codes == "int4" else 32
+    granule = _GRANULE.get(p.codes, 32)
     if p.k % granule:
         raise Unsupported(f"{p.codes} codes need k (now {p.k}) in multiples of {granule}")
     granule = 16 if p.zero_point else 8
@@ -88,6 +92,9 @@ def _by_rules(problem: MatmulProblem, chip: Chip) -> GpuConfig:
     wanted = 64 if bits == 8 and operand == "bfloat16" and not few else 128
     if few and scale != "end":  # with one accumulator, twice the weights would wait in registers
         wanted = 8 * _LINE // bits
+    if (few and scale == "before") or p.codes == "int3":
+        # Lanes' own scales: again one accumulator. Three words a lane: no conflicts of banks.
+        wanted = 128
     bk = _step(p, scale, wanted)
     config = GpuConfig(
         bm=_rows(p, scale, few),
@@ -99,18 +106,27 @@ def _by_rules(problem: MatmulProblem, chip: Chip) -> GpuConfig:
         reading=reading,
         operand=operand,
     )
-    tiles = -(-p.m // config.bm) * -(-p.n // config.tile_n)
-    cluster = _cluster(p, config, few)
-    parts = _parts(config.steps(p), tiles, chip)
-    config = dataclasses.replace(config, split_k=parts, cluster=cluster)
+    for bm in (config.bm, config.bm // 2, config.bm // 4):  # tiles of an epilogue may be large
+        if bm % 8 == 0:
+            fewer_rows = _spread(p, dataclasses.replace(config, bm=bm), chip)
+            fitting = _at_most(p, fewer_rows, chip)
+            if fitting is not None:
+                return fitting
+    raise Unsupported(
+        f"no blocks of {p} fit the {chip.shared_bytes >> 10} KiB of {chip.name}'s shared memory"
+    )
+
+
+def _spread(problem: MatmulProblem, config: GpuConfig, chip: Chip) -> GpuConfig:
+    """The config with the work shared out: parts of k, clusters, blocks that stay."""
+    few = problem.m <= DECODE_ROWS
+    tiles = -(-problem.m // config.bm) * -(-problem.n // config.tile_n)
+    cluster = _cluster(problem, config, few)
+    parts = _parts(config.steps(problem), tiles, chip)
+    blocks = 0
     if not few and parts == 1 and tiles > chip.multiprocessors:
-        config = dataclasses.replace(config, blocks=chip.multiprocessors // cluster)
-    fitting = _at_most(p, config, chip)
-    if fitting is None:
-        raise Unsupported(
-            f"no blocks of {p} fit the {chip.shared_bytes >> 10} KiB of {chip.name}'s shared memory"
-        )
-    return fitting
+        blocks = chip.multiprocessors // cluster
+    return dataclasses.replace(config, split_k=parts, cluster=cluster, blocks=blocks)
 
 
 def _operand(problem: MatmulProblem) -> str:
@@ -130,12 +146,14 @@ def _reading(problem: MatmulProblem, operand: str, few: bool) -> Reading:
         # Putting x's columns in another order is nothing for few rows, a pass over x for many; for
         # int8 the pass that quantizes x does it.
         return "bits" if few or operand == "int8" else "cast"
-    return "bits" if problem.codes.startswith("float8") else "cast"
+    return "cast" if problem.codes == "int8" else "bits"
 
 
 def _scale_time(problem: MatmulProblem, operand: str, few: bool) -> ScaleTime:
     if problem.groups == 1:
         return "end"
+    if problem.group < _LANE_GROUPS.get(problem.codes, 0):
+        return "before"  # lanes have scales of their own: the sums of groups are mixed
     return "after" if few or operand != "bfloat16" else "before"
 
 
@@ -196,9 +214,18 @@ def _parts(steps: int, tiles: int, chip: Chip) -> int:
 
 
 def _at_most(problem: MatmulProblem, config: GpuConfig, chip: Chip) -> GpuConfig | None:
-    """The config with as many of its stages as fit; None if not even two do."""
+    """The config with as many of its stages as fit; None if not even two do.
+
+    One that was chosen for another shape loses its cluster or some parts if they do not go here.
+    """
     if config.scale != "end" and config.bk % problem.group and problem.group % config.bk:
         return None
+    shared = -(-problem.n // config.tile_n) % config.cluster == 0
+    config = dataclasses.replace(
+        config,
+        split_k=min(config.split_k, -(-problem.k // config.bk)),
+        cluster=config.cluster if shared else 1,
+    )
     for stages in range(config.stages, 1, -1):
         fewer = dataclasses.replace(config, stages=stages)
         if shared_bytes(problem, fewer) <= chip.shared_bytes:

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxquant.pallas_kernels.gpu import epilogue, reading
+from jaxquant.pallas_kernels.gpu import epilogue, reading, reading_table
 from jaxquant.pallas_kernels.gpu.body import matmul_body, scratch_types, streamed, sums_width
 from jaxquant.pallas_kernels.gpu.config import AXIS, CLUSTER, GpuConfig, is_outside, out_dtype
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
+
+_TABLE = (reading_table.ENTRIES, reading_table.BANKS)
 
 
 def quantized_matmul(
@@ -52,7 +54,7 @@ def quantized_matmul(
       bias: [n].
       gate: [m, n]: the result is multiplied by silu(gate).
       residual: [m, n], added last.
-      table: none of these kernels takes one yet.
+      table: the 16 values of "table4" codes, by code + 8; they are rounded to bfloat16.
       interpret: False, or `plgpu.InterpretGPUParams()`; the config must then be staged or direct.
 
     Returns:
@@ -70,6 +72,7 @@ def quantized_matmul(
         "bias": None if bias is None else bias.reshape(1, -1).astype(jnp.float32),
         "gate": gate,
         "residual": residual,
+        "table": None if table is None else reading_table.pairs(table),
     }
     _check(given, problem)
     arrays = _prepare(given, problem, config)
@@ -100,6 +103,8 @@ def _prepare(given: dict[str, Any], problem: MatmulProblem, config: GpuConfig) -
     for name in ("scale", "zero_point"):
         if name in streamed(p, c):
             arrays[name] = given[name]
+    if p.codes == "table4":
+        arrays["table"] = given["table"]
     for name in at_end:
         if name in epilogue.OVER_COLUMNS:
             arrays[name] = _pad(given[name], 1, block_columns)
@@ -183,6 +188,7 @@ def _check(given: dict[str, Any], problem: MatmulProblem) -> None:
         "bias": (1, p.n) if p.bias else None,
         "gate": (p.m, p.n) if p.gate else None,
         "residual": (p.m, p.n) if p.residual else None,
+        "table": _TABLE if p.codes == "table4" else None,
     }
     for name, shape in shapes.items():
         got = None if given[name] is None else tuple(given[name].shape)

@@ -6,8 +6,9 @@ Used by the bodies in this package. Three ways:
 * "cast": a warpgroup loads codes into registers in a layout made for it and Mosaic GPU converts
   them to bfloat16; lanes exchange parts of their registers, so that columns keep their order.
 * "bits": masks on 32-bit words, and nothing is exchanged (int4, and float8 as bfloat16, for which
-  Hopper has no conversion). A lane holds whole words of codes; `assemble` says which columns of the
-  operand its registers are, and `arrange` puts x's columns in that order.
+  Hopper has no conversion; `reading_packed` for int3 and int2, `reading_table` for tables). A lane
+  holds whole words of codes; `assemble` says which columns of the operand its registers are, and
+  `arrange` puts x's columns in that order.
 
 `load` brings codes into registers, `convert` makes an operand of all or a part of them, and
 `words_of` says how the operand differs from the code's value.
@@ -26,18 +27,13 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import vector
+from jax.extend.mlir.dialects import arith, vector
 
+from jaxquant.pallas_kernels.gpu import reading_packed, reading_table
 from jaxquant.pallas_kernels.gpu.config import AXIS, GpuConfig
+from jaxquant.pallas_kernels.gpu.layouts import LANES, WORDS, WORDS_BY_THREE, scales_by_lane
+from jaxquant.pallas_kernels.problem import PACKED, STORAGE
 
-# Words [64, w] by lanes: a warp has 16 rows, each four lanes two of these, and a lane of the four
-# every fourth word. The same lanes have the same rows in the layouts that wgmma reads.
-WORDS = plgpu.Layout.TILED(
-    plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
-    warp_dims=(-7,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
 # Two bfloat16 numbers 128 + 8: low bits of their mantissas count 1, and xor turns the sign bit of
 # two's complement into the 8 of an offset.
 MAGIC = 0x43084308
@@ -51,14 +47,16 @@ class Words:
     """How "bits" reads one storage into one operand.
 
     Attributes:
-      codes: in a word.
+      codes: in a word, or in the words that only together hold whole codes.
       offset: what the operand is larger by than the code.
       factor: what the operand must be multiplied by, once the offset is off, to become the code.
+      words: so many hold the `codes`.
     """
 
     codes: int
     offset: float = 0.0
     factor: float = 1.0
+    words: int = 1
 
 
 # float8 is widened by a shift of its exponent and mantissa; the factor is the biases' difference.
@@ -67,6 +65,9 @@ WORDS_OF = {
     ("int4", "int8"): Words(8, factor=1 / 16),
     ("float8_e4m3fn", "bfloat16"): Words(4, factor=2.0**120),
     ("float8_e5m2", "bfloat16"): Words(4, factor=2.0**112),
+    ("int3", "bfloat16"): Words(32, words=3),
+    ("int2", "bfloat16"): Words(16),
+    ("table4", "bfloat16"): Words(8),
 }
 
 
@@ -76,12 +77,18 @@ def words_of(codes: str, config: GpuConfig) -> Words:
 
 
 def stored(array: jax.Array, codes: str, config: GpuConfig) -> jax.Array:
-    """Codes [n, k] as the kernel takes them; for "bits" as int32 words, which is a bitcast."""
-    per = words_of(codes, config).codes
-    if per == 1:
+    """Codes [n, ...] as the kernel takes them; for "bits" as int32 words, which is a bitcast."""
+    if words_of(codes, config).codes == 1:
         return array
-    n, k = array.shape
-    return lax.bitcast_convert_type(array.reshape(n, k // per, per), jnp.int32)
+    n, size = array.shape
+    per = 8 if array.dtype == jnp.int4 else 4
+    return lax.bitcast_convert_type(array.reshape(n, size // per, per), jnp.int32)
+
+
+def elements(values: int, codes: str, config: GpuConfig) -> int:
+    """How many elements of what `stored` returns hold so many codes of a row."""
+    words = words_of(codes, config)
+    return values * words.words // words.codes
 
 
 def arrange(x: jax.Array, codes: str, config: GpuConfig) -> jax.Array:
@@ -89,46 +96,66 @@ def arrange(x: jax.Array, codes: str, config: GpuConfig) -> jax.Array:
 
     Plane i has every code whose place in the word is i, modulo the number of planes; `assemble`
     puts planes after each other in every four words. So the columns of four words are a matrix of
-    which the transposed one is wanted.
+    which the transposed one is wanted. Of a table, plane i has the two codes of byte i.
     """
     per = words_of(codes, config).codes
     if per == 1:
         return x
     m, k = x.shape
+    if codes == "table4":
+        return x.reshape(m, k // 32, LANES, 4, 2).swapaxes(2, 3).reshape(m, k)
     planes = per * jnp.dtype(config.operand).itemsize // 4
     return x.reshape(m, k // (4 * per), 4 * per // planes, planes).swapaxes(2, 3).reshape(m, k)
 
 
-def load(ref: Any, config: GpuConfig, interpret: bool) -> jax.Array:
+def load(ref: Any, codes: str, config: GpuConfig, interpret: bool) -> jax.Array:
     """A warpgroup's codes from shared memory into registers.
 
     Args:
       ref: [bn, bk] of codes or [bn, bk / 8] of words.
+      codes: how they are stored.
       config: says what becomes of them.
       interpret: there are no registers, and layouts mean nothing.
     """
     if interpret:
         return ref[...]
     if config.reading == "bits":
-        return plgpu.load(ref, layout=WORDS)
+        by_three = words_of(codes, config).words == 3
+        return plgpu.load(ref, layout=WORDS_BY_THREE if by_three else WORDS)
     if ref.dtype == jnp.int4:
         return plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_4X)
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
 
 
-def convert(array: jax.Array, codes: str, config: GpuConfig, interpret: bool) -> jax.Array:
+def convert(
+    array: jax.Array, codes: str, config: GpuConfig, interpret: bool, table: Any = None
+) -> jax.Array:
     """An operand [bn, k] from what `load` returned, or from a part of its columns.
+
+    Args:
+      array: codes or words.
+      codes: how they are stored.
+      config: says what becomes of them.
+      interpret: compute it without registers.
+      table: for "table4" the reference to `reading_table.pairs` in shared memory.
 
     Returns:
       `config.operand` in the layout that wgmma takes; what `words_of` says is still in it.
     """
+    if codes == "table4":
+        planes = reading_table.planes(array, table, interpret)
+        return assemble(planes, config.operand, interpret)
     if config.reading == "bits":
-        # A sum of zero that compilers do not see through: else each mask's xor has a move of the
+        # A zero that compilers do not see through: else each mask's xor has a move of the
         # constant in front, since an instruction takes one immediate only.
-        magic: Any = MAGIC
-        if not interpret:
-            magic = MAGIC | lax.shift_right_logical(lax.axis_index(AXIS), 20)
-        return assemble(planes_of(array, codes, config, magic), config.operand, interpret)
+        zero = 0 if interpret else lax.shift_right_logical(lax.axis_index(AXIS), 20)
+        if codes in PACKED:
+            bits = STORAGE[codes][1]
+            magic: Any = reading_packed.MAGIC | zero
+            planes = reading_packed.planes(array, bits, magic, interpret)
+            return assemble(planes, config.operand, interpret, reading_packed.affine(bits))
+        planes = planes_of(array, codes, config, MAGIC | zero)
+        return assemble(planes, config.operand, interpret)
     if not interpret:
         array = plgpu.layout_cast(array, plgpu.Layout.WGMMA)
     return array.astype(config.operand)
@@ -150,7 +177,12 @@ def planes_of(words: Any, codes: str, config: GpuConfig, magic: Any = MAGIC) -> 
     return [(words << 4) & _HIGH_NIBBLES, words & _HIGH_NIBBLES]
 
 
-def assemble(planes: Sequence[jax.Array], dtype: Any, interpret: bool) -> jax.Array:
+def assemble(
+    planes: Sequence[jax.Array],
+    dtype: Any,
+    interpret: bool,
+    affine: Sequence[tuple[float, float]] | None = None,
+) -> jax.Array:
     """Words as the operand of wgmma without any lane giving another a value.
 
     Let there be P planes and let lane t (of four that share a row) hold the words 4B + t. Then for
@@ -161,6 +193,7 @@ def assemble(planes: Sequence[jax.Array], dtype: Any, interpret: bool) -> jax.Ar
       planes: int32 [bn, w] each, in the layout `WORDS`.
       dtype: of the operand.
       interpret: compute it without registers.
+      affine: for bfloat16, by plane a factor and a summand that are exact on it.
 
     Returns:
       [bn, 4 / itemsize * P * w] in the layout WGMMA or WGMMA_8BIT.
@@ -170,7 +203,10 @@ def assemble(planes: Sequence[jax.Array], dtype: Any, interpret: bool) -> jax.Ar
     parts = 4 // dtype.itemsize
     shape = rows, width * len(planes) * parts
     if interpret:
-        stack = jnp.stack([lax.bitcast_convert_type(p, dtype) for p in planes], axis=1)
+        values = [lax.bitcast_convert_type(p, dtype) for p in planes]
+        for p, (factor, summand) in enumerate(affine or ()):
+            values[p] = values[p] * jnp.asarray(factor, dtype) + jnp.asarray(summand, dtype)
+        stack = jnp.stack(values, axis=1)
         stack = stack.reshape(rows, len(planes), width // 4, 4, parts)
         return stack.transpose(0, 2, 1, 3, 4).reshape(shape)
     layout = plgpu.Layout.WGMMA if dtype.itemsize == 2 else plgpu.Layout.WGMMA_8BIT
@@ -186,7 +222,10 @@ def assemble(planes: Sequence[jax.Array], dtype: Any, interpret: bool) -> jax.Ar
         registers = np.empty(target.registers_shape(shape), dtype=object)
         for p, array in enumerate(arrays):
             for at, word in np.ndenumerate(array.registers):
-                registers[place_of(at, p, len(planes))] = vector.bitcast(register, word)
+                value = vector.bitcast(register, word)
+                if affine is not None:
+                    value = _affine(value, *affine[p])
+                registers[place_of(at, p, len(planes))] = value
         signed = True if dtype == jnp.int8 else None
         return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=signed)
 
@@ -200,6 +239,56 @@ def place_of(word: tuple[int, ...], plane: int, planes: int) -> tuple[int, ...]:
     warps hold the same rows and the same fourth of a block in both.
     """
     return (word[0], word[1] * planes + plane, *word[2:])
+
+
+def _affine(value: Any, factor: float, summand: float) -> Any:
+    """`value * factor + summand`; not as one operation, which would be done in float32."""
+
+    def constant(number: float) -> Any:
+        attribute = ir.FloatAttr.get(ir.BF16Type.get(), number)
+        splat = ir.DenseElementsAttr.get_splat(value.type, attribute)
+        build: Any = arith.constant  # (its types lack the form that takes a type)
+        return build(value.type, splat)
+
+    if factor != 1.0:
+        value = arith.mulf(value, constant(factor))
+    return arith.addf(value, constant(summand))
+
+
+def spread_by_lane(rows: jax.Array, width: int, interpret: bool) -> jax.Array:
+    """Scales of groups that are lanes' as an array of the operand's shape and layout.
+
+    Args:
+      rows: bfloat16 [groups, bn] in the layout `scales_by_lane(groups)`.
+      width: of the operand.
+      interpret: compute it without registers.
+
+    Returns:
+      bfloat16 [bn, width]; columns 2t and 2t + 1 of each 8 have lane t's.
+    """
+    groups, n = rows.shape
+    if interpret:
+        by_lane = jnp.repeat(rows, LANES // groups, axis=0).T
+        shape = (n, width // (2 * LANES), LANES, 2)
+        return jnp.broadcast_to(by_lane[:, None, :, None], shape).reshape(n, width)
+    layout = plgpu.Layout.WGMMA
+
+    @plgpu.inline_mgpu(
+        arg_types=(scales_by_lane(groups),),
+        return_type=plgpu.ShapeDtypeStruct((n, width), rows.dtype, layout=layout),
+    )
+    def repeat(context: Any, array: Any) -> Any:
+        register = ir.VectorType.get((2,), ir.BF16Type.get())
+        target = layout.to_mgpu()
+        registers = np.empty(target.registers_shape((n, width)), dtype=object)
+        # Both layouts count 64 rows, then (after columns) the halves of a warp's rows.
+        own = array.registers.reshape(n // 64, 2)
+        for block, half in np.ndindex(own.shape):
+            value = vector.broadcast(register, vector.extract(own[block, half], [], [0]))
+            registers[block, :, :, :, half] = value
+        return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=None)
+
+    return repeat(rows)
 
 
 def _element_type(dtype: Any) -> Any:

@@ -25,7 +25,12 @@ from jaxquant.pallas_kernels.gpu.chips import CHIPS  # noqa: E402
 from jaxquant.pallas_kernels.gpu.config import GpuConfig, shared_bytes  # noqa: E402
 from jaxquant.pallas_kernels.gpu.heuristics import choose_config  # noqa: E402
 from jaxquant.pallas_kernels.gpu.matmul import quantized_matmul  # noqa: E402
-from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported  # noqa: E402
+from jaxquant.pallas_kernels.problem import (  # noqa: E402
+    PACKED,
+    STORAGE,
+    MatmulProblem,
+    Unsupported,
+)
 from tests.pallas_kernels.gpu import cases  # noqa: E402
 
 H200 = CHIPS["H200"]
@@ -38,8 +43,9 @@ def check(problem: MatmulProblem, config: GpuConfig, seed: int = 0):
 
 @st.composite
 def problems(draw):
-    codes = draw(st.sampled_from(["int8", "int4", "float8_e4m3fn", "float8_e5m2"]))
-    k = draw(st.sampled_from([64, 192, 256, 384, 512]))
+    codes = draw(st.sampled_from(sorted(STORAGE)))
+    ks = [256, 384, 512] if codes in PACKED else [64, 192, 256, 384, 512]
+    k = draw(st.sampled_from(ks))
     groups = [g for g in (0, 32, 64, 96, 128) if g == 0 or k % g == 0]
     x_dtype = draw(st.sampled_from(["bfloat16", "int8", "float8_e4m3fn"]))
     return MatmulProblem(
@@ -93,6 +99,14 @@ WAYS = {
     "fp8": ({"codes": "float8_e4m3fn", **E4M3}, ("end", "direct", "float8_e4m3fn"), {}),
     "bf16 x e4m3": ({"codes": "float8_e4m3fn", "group": 64}, ("after", "bits"), {}),
     "bf16 x e5m2": ({"codes": "float8_e5m2"}, ("end", "bits"), {"blocks": 2}),
+    "w3, groups of lanes": ({"codes": "int3", "group": 64, **ALL}, ("before", "bits"), {}),
+    "w3, a group a lane": ({"codes": "int3", "group": 32}, ("before", "bits"), {}),
+    "w3, after": ({"codes": "int3", "group": 128}, ("after", "bits"), {}),
+    "w2, groups of lanes": ({"codes": "int2", "group": 32}, ("before", "bits"), {"blocks": 2}),
+    "w2, after": ({"codes": "int2", "group": 64, **ALL}, ("after", "bits"), {"split_k": 5}),
+    "w2, a scale a column": ({"codes": "int2"}, ("end", "bits"), {}),
+    "table, after": ({"codes": "table4", "group": 64, **ALL}, ("after", "bits"), {"blocks": 2}),
+    "table, before": ({"codes": "table4", "group": 32}, ("before", "bits"), {}),
 }
 
 
@@ -158,7 +172,9 @@ def test_what_does_not_fit_is_said():
         call(codes=jax.ShapeDtypeStruct((128, 256), jnp.int8))
 
 
-@pytest.mark.parametrize("way", ["one group a step", "w8a8", "cast, before", "bf16 x e4m3"])
+@pytest.mark.parametrize(
+    "way", ["one group a step", "w8a8", "cast, before", "bf16 x e4m3", "w3, groups of lanes"]
+)
 def test_lowers_for_cuda_without_its_compilers(way):
     fields, _, _ = WAYS[way]
     problem = MatmulProblem(21, 640, 1024, **fields)
@@ -180,6 +196,7 @@ def test_lowers_for_cuda_without_its_compilers(way):
         ({"n": 4100}, r"n \(now 4100\) must be a multiple of 8"),
         ({"n": 4104, "zero_point": True}, "must be a multiple of 16 with zero points"),
         ({"x_dtype": "float16"}, "x in float16 has no GPU kernel"),
+        ({"codes": "int3", "k": 4160}, r"int3 codes need k \(now 4160\) in multiples of 128"),
         ({"k": 2**18, "x_dtype": "int8"}, "integer sums over 262144 values may not fit"),
     ],
 )
