@@ -29,7 +29,8 @@ from benchmarks.gpu_aot import ENVIRONMENT, TARGETS, on_gpu
 from jaxquant.core.qtypes import get_qtype
 
 SCHEMES = {
-    name: jq.WeightScheme(name, "group", group_size=128) for name in ("int4", "int8", "float8_e4m3")
+    name: jq.WeightScheme(name, "group", group_size=128)
+    for name in ("int4", "int8", "int2", "float8_e4m3")
 }
 WIDTH, HEADS, LAYERS, ROWS = 1024, 8, 3, 16
 _CODES = {"s4": 4, "s8": 8, "f8e4m3fn": 8, "u8": 8, "s32": 32, "u32": 32}
