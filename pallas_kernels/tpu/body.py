@@ -93,18 +93,25 @@ def matmul_body(
         def _() -> None:
             _prepare(refs, problem, config, cut, step)
 
-    width = _strip_width(config, cut)
-    for start in range(0, config.bn, width):
-        strip = dataclasses.replace(config, bn=min(width, config.bn - start))
+    starts = _strips(config, cut)
+    for start, end in zip(starts, [*starts[1:], config.bn]):
+        strip = dataclasses.replace(config, bn=end - start)
         _multiply_strip(_columns(refs, start, strip.bn), problem, strip, cut, step, write)
 
 
-def _strip_width(config: MatmulConfig, cut: Chunks) -> int:
-    """Columns whose sums fit in registers beside the rest: partial sums of groups stay there."""
+def _strips(config: MatmulConfig, cut: Chunks) -> list[int]:
+    """First columns of strips whose sums fit in registers: partial sums of groups stay there.
+
+    A last strip of 128 columns or fewer joins the one before it: Mosaic cannot load a row that is
+    known at run time from so narrow a strip, unless it is the first.
+    """
     if config.scale != "after":
-        return config.bn
+        return [0]
     width = max(2 * LANES, _SUMS_IN_REGISTERS // (config.bm * cut.stack) // LANES * LANES)
-    return min(config.bn, width)
+    starts = list(range(0, config.bn, width))
+    if len(starts) > 1 and config.bn - starts[-1] <= LANES:
+        starts.pop()
+    return starts
 
 
 def _columns(refs: Refs, start: int, width: int) -> Refs:

@@ -37,6 +37,8 @@ PROBLEMS = {
     "w2a16": MatmulProblem(16, 512, 512, "int2", group=64),
     "w3a16": MatmulProblem(16, 512, 256, "int3", group=128),
     "ragged": MatmulProblem(3, 200, 100, "int4"),
+    "narrow last strip": MatmulProblem(17, 512, 384, "int4", group=64),
+    "narrow last strip, zero points": MatmulProblem(3, 256, 640, "int4", group=32, zero_point=True),
     "prefill w4a16": MatmulProblem(256, 512, 512, **W4A16),
     "prefill w4a8": MatmulProblem(256, 512, 512, **W4A16, **INT8),
     "prefill w8a8": MatmulProblem(256, 512, 512, "int8", **INT8),
