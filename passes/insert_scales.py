@@ -64,7 +64,7 @@ class InsertScales(Pass):
         handed = _handed_through(jaxpr, inputs)
 
         def evaluate(*leaves: Any) -> list[Any]:
-            outs = rewriter.run(jaxpr, consts, tree_unflatten(tree, leaves))
+            outs = rewriter.run(jaxpr, consts, _with_common_scales(tree_unflatten(tree, leaves)))
             kept = [out for i, out in enumerate(outs) if i not in handed]
             return [rewriter.returned(out) if is_weight(out) else out for out in kept]
 
@@ -108,6 +108,19 @@ class InsertScales(Pass):
                 self.on_event(event)
 
         return listen
+
+
+def _with_common_scales(inputs: list[Any]) -> list[Any]:
+    """The inputs, with one input scale for all weights of a group (`QTensor.input_group`)."""
+    scales: dict[Any, Any] = {}
+    result = list(inputs)
+    for i, value in enumerate(inputs):
+        if is_weight(value) and value.value.input_group is not None:
+            own = value.value.input_scale
+            key = (value.value.input_group, jax.typeof(own))
+            shared = value.value.replace(input_scale=scales.setdefault(key, own), input_group=None)
+            result[i] = value.replace(value=shared)
+    return result
 
 
 def _abstract(leaf: Any) -> Any:

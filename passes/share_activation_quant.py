@@ -16,10 +16,11 @@ Inputs of a single product become explicit as well: one form for the passes behi
 
 * a static scale that is not one number for the input (experts with scales of their own);
 * products of two activations (attention): their scales are their own;
-* static scales are shared only if they are one array. Scales that were calibrated apart for query,
-  key and value are equal in practice, but nothing in the program says so; and without a range to be
-  measured, quantizing again is one rounding that XLA fuses;
-* codes do not cross the border of a body (jit, scan, remat, cond): each quantizes its own.
+* static scales that are not one array. `ptq` says in the tree which ones are equal because they are
+  of one input (`QTensor.input_group`), and `insert_scales` makes these one;
+* what a body quantizes of a value of its own, that it carries or takes in slices. What it quantizes
+  of an operand is quantized by its caller, once for all bodies and iterations (`body_operands` says
+  for which bodies). Of a cond it is, if all its branches quantize it or somebody else does.
 
 Runs on a quantized program, after `insert_scales`.
 """
@@ -41,8 +42,11 @@ from jaxquant.core.primitives.weights import bind_leaves, unflatten
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.passes.activation_moves import WHOLE, before, canonical, replay, representatives
+from jaxquant.passes.body_operands import Wish, granted, merge_operands, scale_root, wishes
 from jaxquant.passes.body_pass import BodyPass
 from jaxquant.passes.edit_jaxpr import apply, is_var, new_eqn, replace_eqns
+from jaxquant.passes.pass_manager import PassResult
+from jaxquant.passes.program import Program
 
 #: Products that quantize their input, unless they are given its codes.
 QUANTIZING = frozenset(
@@ -60,6 +64,13 @@ class ShareActivationQuant(BodyPass):
 
     name: ClassVar[str] = "share_activation_quant"
 
+    def run(self, program: Program) -> PassResult:
+        """See `Pass.run`."""
+        merged = merge_operands(program.jaxpr)
+        if merged is not program.jaxpr:
+            program = program.with_jaxpr(merged)
+        return super().run(program)
+
     def edited(self, jaxpr: Any, notes: list[str]) -> Any:
         """See `BodyPass`."""
         return _share(jaxpr, notes)
@@ -73,7 +84,7 @@ class Node(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What one product wants of its input.
+    """What a product, or a body, wants of its input.
 
     Attributes:
       chain: from the input back to the value it is a form of, each with its scheme.
@@ -91,33 +102,70 @@ class Request(NamedTuple):
         return (*self.chain[-1], self.dtype, self.static_scale)
 
 
+class User(NamedTuple):
+    """Who makes a request.
+
+    Attributes:
+      index: number of the equation.
+      wish: what of its bodies' wishes it is; None for a product.
+      request: the request.
+    """
+
+    index: int
+    wish: Wish | None
+    request: Request
+
+
 def _share(jaxpr: Any, notes: list[str]) -> Any:
-    producers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
-    first = representatives(jaxpr)
-    requests = {i: _request(eqn, producers, first) for i, eqn in enumerate(jaxpr.eqns)}
-    groups: dict[Any, list[int]] = {}
-    for i, request in requests.items():
-        if request is not None:
-            groups.setdefault(request.key, []).append(i)
+    groups = _groups(jaxpr)
     if not groups:
         return jaxpr
+    producers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
     places = {
-        key: _where_ways_part([requests[i].chain for i in members])  # type: ignore[union-attr]
-        for key, members in groups.items()
+        key: _where_ways_part([user.request.chain for user in users])
+        for key, users in groups.items()
     }
+    served: dict[int, list[User]] = {}
+    for users in groups.values():
+        for user in users:
+            served.setdefault(user.index, []).append(user)
     eqns: list[Any] = []
     done: dict[Any, tuple[Any, Any]] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        request = requests[i]
-        if request is not None:
-            place = places[request.key]
-            codes, scale = _codes(request, place, producers, done, eqns, eqn)
-            eqn = _given(eqn, codes, scale)
+        given = {
+            user.wish: _codes(user.request, places[user.request.key], producers, done, eqns, eqn)
+            for user in served.get(i, ())
+        }
+        if None in given:
+            eqn = _given(eqn, *given[None])
+        elif given:
+            eqn = granted(eqn, given)  # type: ignore[arg-type]
         eqns.append(eqn)
-    for key, members in groups.items():
-        if len(members) > 1:
-            notes.append(_note(places[key], [jaxpr.eqns[i] for i in members]))
+    for key, users in groups.items():
+        notes += _note(places[key], jaxpr, users)
     return replace_eqns(jaxpr, eqns)
+
+
+def _groups(jaxpr: Any) -> dict[Any, list[User]]:
+    """Who can be served by one quantization, in order.
+
+    What only some branches of a cond quantize is left to them, unless it is quantized anyhow.
+    """
+    producers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    first = representatives(jaxpr)
+    groups: dict[Any, list[User]] = {}
+    certain: set[Any] = set()
+    for i, eqn in enumerate(jaxpr.eqns):
+        found = [(None, _request(eqn, producers, first), True)]
+        for wish, always in wishes(eqn).items():
+            found.append((wish, _request_of_body(eqn, wish, producers, first), always))
+        for wish, request, always in found:
+            if request is None:
+                continue
+            groups.setdefault(request.key, []).append(User(i, wish, request))
+            if always:
+                certain.add(request.key)
+    return {key: users for key, users in groups.items() if key in certain}
 
 
 def _request(eqn: Any, producers: dict[Any, Any], first: dict[Any, Any]) -> Request | None:
@@ -128,15 +176,42 @@ def _request(eqn: Any, producers: dict[Any, Any], first: dict[Any, Any]) -> Requ
         return None
     w, _ = _operands(eqn)
     static_scale = w.input_scale if act.static else None
-    if static_scale is not None and static_scale.aval.size != 1:
+    if static_scale is not None:
+        if static_scale.aval.size != 1:
+            return None
+        static_scale = scale_root(first.get(static_scale, static_scale), producers)
+    act = canonical(act, x.aval.shape)
+    return _behind(x, act, scale_dtype(x.aval, w.dtype), static_scale, producers, first)
+
+
+def _request_of_body(
+    eqn: Any, wish: Wish, producers: dict[Any, Any], first: dict[Any, Any]
+) -> Request | None:
+    x = eqn.invars[wish.position]
+    static_scale = None if wish.scale is None else eqn.invars[wish.scale]
+    if not is_var(x) or (static_scale is not None and not is_var(static_scale)):
         return None
-    chain = [Node(first.get(x, x), canonical(act, x.aval.shape))]
+    if static_scale is not None:
+        static_scale = scale_root(first.get(static_scale, static_scale), producers)
+    return _behind(x, wish.act, wish.dtype, static_scale, producers, first)
+
+
+def _behind(
+    x: Any,
+    act: ActQuant,
+    dtype: np.dtype,
+    static_scale: Any,
+    producers: dict[Any, Any],
+    first: dict[Any, Any],
+) -> Request:
+    """The request for a variable, followed back to the value that it is a form of."""
+    chain = [Node(first.get(x, x), act)]
     while (producer := producers.get(chain[-1].var)) is not None:
-        act, source = before(producer, chain[-1].act, WHOLE), producer.invars[0]
-        if act is None or not is_var(source) or not source.aval.shape:
+        earlier, source = before(producer, chain[-1].act, WHOLE), producer.invars[0]
+        if earlier is None or not is_var(source) or not source.aval.shape:
             break
-        chain.append(Node(first.get(source, source), act))
-    return Request(tuple(chain), scale_dtype(x.aval, w.dtype), static_scale)
+        chain.append(Node(first.get(source, source), earlier))
+    return Request(tuple(chain), dtype, static_scale)
 
 
 def _where_ways_part(chains: Sequence[tuple[Node, ...]]) -> Node:
@@ -204,7 +279,16 @@ def _operands(eqn: Any) -> tuple[QTensor, tuple[Any, ...] | None]:
     return (operands[0], operands[1:]) if isinstance(operands, tuple) else (operands, None)
 
 
-def _note(place: Node, users: Sequence[Any]) -> str:
-    names = [shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn) for eqn in users]
-    aval = place.var.aval.str_short()
-    return f"{aval} is quantized once for {len(users)} products: {', '.join(names)}"
+def _note(place: Node, jaxpr: Any, users: Sequence[User]) -> list[str]:
+    if len(users) == 1 and users[0].wish is None:
+        return []
+    names = ", ".join(_name(jaxpr.eqns[user.index]) for user in users)
+    aval, bodies = place.var.aval.str_short(), any(user.wish is not None for user in users)
+    if len(users) == 1:
+        return [f"{aval} is quantized before the body that reads it: {names}"]
+    what = "products and bodies" if bodies else "products"
+    return [f"{aval} is quantized once for {len(users)} {what}: {names}"]
+
+
+def _name(eqn: Any) -> str:
+    return shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn)

@@ -84,12 +84,14 @@ def ptq(
     else:
         check_steps(steps, plans)
         scales = {path: own["input"] for path, own in steps.items() if "input" in own}
+    groups = static_ranges.input_groups(program, assignment, scales)
     trained = {path: own["weight"] for path, own in (steps or {}).items() if "weight" in own}
     todo = [(i, plans[path]) for i, path in enumerate(paths) if path in plans]
     for i, plan in track(todo, "quantizing", show=progress):
         weight = _quantize(leaves[i], plan, trained.get(plan.path))
         leaves[i] = weight.replace(
             input_scale=scales.get(plan.path),
+            input_group=groups.get(plan.path),
             op_rules=assignment.op_rules,
             contracted=plan.contracted,
         ).validate(plan.path)

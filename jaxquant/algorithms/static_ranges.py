@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.algorithms.calibrate import Call, run_batches
+from jaxquant.core import _compat
 from jaxquant.core.qtypes import get_qtype
 from jaxquant.core.schemes import ActScheme
 from jaxquant.passes.abstract_weights import abstract_weight
 from jaxquant.passes.assign_recipe import Assignment
+from jaxquant.passes.common_inputs import common_inputs
 from jaxquant.passes.histogram import Histogram, percentile_of_histogram
 from jaxquant.passes.observe_rules import Observe
+from jaxquant.passes.program import Program
 from jaxquant.passes.statistics import AbsMax, Statistic
 
 
@@ -44,6 +47,41 @@ def input_scales(
         )
         for p in plans
     }
+
+
+def input_groups(
+    program: Program, assignment: Assignment, scales: Mapping[str, Any]
+) -> dict[str, str]:
+    """Names for the weights that read the same inputs and so have the same static scale.
+
+    Args:
+      program: the float program.
+      assignment: what becomes of it.
+      scales: the static scales by path.
+
+    Returns:
+      Path to name; weights that are alone in having their scale have none. The name is the path of
+      the first weight of the group. That the scales are equal follows from the program; it is
+      looked at all the same, since steps that were trained need not be.
+    """
+    groups: dict[str, str] = {}
+    for siblings in common_inputs(program, assignment.uses):
+        left = [path for path in siblings if path in scales]
+        while len(left) > 1:
+            first, *rest = left
+            same = [path for path in rest if _equal(scales[first], scales[path])]
+            if same:
+                groups.update(dict.fromkeys([first, *same], first))
+            left = [path for path in rest if path not in same]
+    return groups
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (a, b)):
+        return True  # nothing was measured
+    return not any(map(_compat.is_tracer, (a, b))) and np.array_equal(a, b)
 
 
 def statistic_for(act: ActScheme) -> Statistic:

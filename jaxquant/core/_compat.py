@@ -25,6 +25,7 @@ from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import mlir as _mlir
 from jax._src.interpreters import partial_eval as _pe
 from jax._src.lax import lax as _lax
+from jax._src.sharding_impls import UNSPECIFIED as _UNSPECIFIED
 from jax._src.sharding_impls import UnspecifiedValue as _Unspecified
 from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
 from jax.extend.core import primitives as jp
@@ -46,6 +47,7 @@ __all__ = [
     "is_tracer",
     "is_unspecified",
     "jaxpr_of_equations",
+    "jit_with_more_operands",
     "lower_without_shardings",
     "lowering_devices",
     "lowering_platform",
@@ -61,6 +63,7 @@ __all__ = [
     "reshard_p",
     "run_fwd",
     "scan_arity",
+    "scan_with_more_consts",
     "shard_map_p",
     "sharding_for_vmap",
     "source_line",
@@ -135,6 +138,26 @@ def scan_arity(eqn: Any) -> tuple[int, int]:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def scan_with_more_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """Parameters of a scan with ``count`` more constants, behind those it has."""
+    if "num_consts" in params:
+        return {**params, "num_consts": params["num_consts"] + count}
+    from jax._src import flattree
+
+    consts, carry, xs = params["ft_in"].unpack()
+    return {**params, "ft_in": flattree.pack((flattree.nones(len(consts) + count), carry, xs))}
+
+
+def jit_with_more_operands(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """Parameters of a jitted call with ``count`` more operands, of which nothing is said."""
+    more = {
+        "in_shardings": (_UNSPECIFIED,) * count,
+        "in_layouts": (None,) * count,
+        "donated_invars": (False,) * count,
+    }
+    return {**params, **{name: (*params[name], *values) for name, values in more.items()}}
 
 
 def name_stack_names(eqn: Any) -> tuple[str, ...]:

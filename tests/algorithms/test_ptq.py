@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant.core.qtensor import QTensor, is_qtensor
+from jaxquant.passes.count import count
 
 X = jax.random.normal(jax.random.key(0), (4, 16))
 
@@ -207,6 +208,63 @@ def test_a_weight_of_a_loop_over_time_has_one_static_scale():
         seen.append(float(jnp.max(jnp.abs(c))))
         c = jnp.tanh(c @ params["w"]) * 2
     np.testing.assert_allclose(q["w"].input_scale[0, 0], max(seen) / 127, rtol=1e-5)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.RMSNorm(name="norm")(x)
+        q, k, v = (nn.DenseGeneral((2, 8), use_bias=False, name=n)(h) for n in "qkv")
+        mixed = jnp.tanh(q * k) + v
+        return x + nn.DenseGeneral(16, axis=(-2, -1), use_bias=False, name="out")(mixed)
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scanned = nn.scan(
+            lambda layer, x, _: (layer(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return scanned(Attention(name="layers"), x, None)[0]
+
+
+@pytest.mark.parametrize("act_range", ["absmax", "percentile"])
+def test_query_key_and_value_have_one_static_scale(act_range, tmp_path):
+    """They quantize once and become one equation, also from a checkpoint; the same bits."""
+    act = jq.ActScheme(mode="static", range=act_range)
+    recipe = jq.Recipe("static", (jq.Rule("**", weight=jq.WeightScheme("int8"), act=act),))
+    model = jq.quantize(recipe)(Layers())
+    variables = model.init(jax.random.key(0), X)
+    q = jq.ptq(model, variables, calibration=[X, X / 3])
+    layer = q["params"]["layers"]
+    groups = {name: layer[name]["kernel"].input_group for name in (*"qkv", "out")}
+    assert groups == dict.fromkeys("qkv", "layers/q/kernel") | {"out": None}
+    jq.save(tmp_path / "q", q)
+    for tree in (q, jq.restore(tmp_path / "q")):
+        compiled = jq.compile(model, tree, X)
+        counts = count(compiled.jaxpr)
+        assert (counts.launches, counts.quantizations) == (3 * 2, 3 * 2)
+        assert counts.primitives["quantized_dots"] == 3
+        first = jq.compile(model, tree, X, passes=lambda steps: steps[:1])
+        assert count(first.jaxpr).quantizations == 3 * 4
+        np.testing.assert_array_equal(compiled(tree, X), first(tree, X))
+    dry = jq.ptq(model, jax.eval_shape(lambda: variables), X)
+    assert jax.tree.structure(dry) == jax.tree.structure(q)
+
+
+def test_trained_steps_that_differ_are_of_no_group():
+    @jq.quantize("w8a8_static")
+    def fn(p, x):
+        return x @ p["a"], x @ p["b"], x @ p["c"]
+
+    params = {name: jnp.eye(16) for name in "abc"}
+    steps = jq.qat(fn).init_steps(params, X, learned=False, calibration=[X])
+    steps["a"]["input"] = steps["a"]["input"] * 2
+    q = jq.ptq(fn, params, X, steps=steps)
+    assert [q[name].input_group for name in "abc"] == [None, "b", "b"]
 
 
 def test_strict_lists_what_would_stay_float():

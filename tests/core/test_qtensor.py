@@ -123,6 +123,7 @@ def test_attributes_of_arrays_are_refused_like_arithmetic() -> None:
         ({"zero_point": jnp.ones((2, 1, 6), jnp.int8)}, "invariant 4: zero_point shape"),
         ({"input_scale": jnp.ones(())}, "invariant 5"),
         ({"input_scale": jnp.ones((2, 2, 1))}, "invariant 5"),
+        ({"input_group": "q"}, "invariant 7: input_group 'q' without input_scale"),
         ({"dtype": jnp.int32}, "invariant 6: dtype must be floating"),
         ({"scale": jnp.ones((2, 2, 6), jnp.int32)}, "invariant 6: scale must be floating"),
     ],

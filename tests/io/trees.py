@@ -57,7 +57,9 @@ def assert_same(got: Any, expected: Any, path: str = "root") -> None:
     """Same types, same static fields, same bits, everywhere."""
     assert type(got) is type(expected), f"{path}: {type(got)} is not {type(expected)}"
     if isinstance(expected, QTensor):
-        for name in ("qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules"):
+        for name in (
+            "qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules", "input_group",
+        ):  # fmt: skip
             assert getattr(got, name) == getattr(expected, name), f"{path}.{name}"
         for name in ("codes", "scale", "zero_point", "input_scale"):
             assert_same(getattr(got, name), getattr(expected, name), f"{path}.{name}")
