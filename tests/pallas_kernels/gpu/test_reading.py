@@ -15,7 +15,7 @@ if jax.__version_info__ < (0, 11):
 
 from jax.experimental.mosaic import gpu as mgpu  # noqa: E402
 
-from jaxquant.pallas_kernels.gpu import reading  # noqa: E402
+from jaxquant.pallas_kernels.gpu import layouts, reading  # noqa: E402
 from jaxquant.pallas_kernels.gpu.config import GpuConfig  # noqa: E402
 
 ROWS, COLUMNS = 128, 256
@@ -108,3 +108,29 @@ def every_code(codes):
         return np.arange(-8, 8)
     every = np.arange(256).astype(np.uint8).view(jnp.dtype(codes)).astype(np.float64)
     return every[np.isfinite(every)]
+
+
+def test_three_words_a_lane_are_dealt_to_it():
+    """`reading_packed.deal` moves registers only: what it names stays in the thread that has it."""
+    words, threes = layouts.WORDS.to_mgpu(), layouts.WORDS_BY_THREE.to_mgpu()
+    for register in np.ndindex(words.registers_shape((ROWS, 8))):
+        for i in range(3):
+            own = (*register[:-1], i, register[-1])
+            for thread in THREADS:
+                row, word = where(words, (ROWS, 8), register, thread)
+                assert where(threes, (ROWS, 24), own, thread) == (row, 3 * word + i)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_lanes_have_the_scales_of_their_groups(groups):
+    """`reading.spread_by_lane`, by the order in which it takes registers."""
+    scales, operand = layouts.scales_by_lane(groups).to_mgpu(), mgpu.WGMMA_LAYOUT
+    shape = (ROWS, 16)
+    sources = list(np.ndindex(scales.registers_shape((groups, ROWS))))
+    for register in np.ndindex(operand.registers_shape(shape)):
+        source = sources[2 * register[0] + register[4]]
+        for thread in THREADS:
+            row, column = where(operand, shape, register, thread)
+            lane = column // 2 % layouts.LANES
+            want = (lane * groups // layouts.LANES, row)
+            assert where(scales, (groups, ROWS), source, thread) == want
