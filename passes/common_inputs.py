@@ -76,7 +76,7 @@ def _keeps_values(eqn: Any) -> bool:
     if eqn.primitive not in _MOVES or not is_var(eqn.invars[0]):
         return False
     before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-    return bool(jnp.promote_types(before, after) == after)
+    return before == after or bool(jnp.promote_types(before, after) == after)
 
 
 def _handed_in(eqn: Any, sub: int, ins: list[Root], own: list[Root]) -> list[Root]:

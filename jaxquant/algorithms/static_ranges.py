@@ -65,6 +65,8 @@ def input_groups(
       looked at all the same, since steps that were trained need not be.
     """
     groups: dict[str, str] = {}
+    if not scales:
+        return groups
     for siblings in common_inputs(program, assignment.uses):
         left = [path for path in siblings if path in scales]
         while len(left) > 1:

@@ -107,3 +107,11 @@ def test_a_gradient_inside_counts_forward_only():
         return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["a"]) + jnp.sin(x @ p["b"])))(x)
 
     assert groups(fn, weights("ab"), X) == [["a", "b"]]
+
+
+def test_random_keys_are_moved_too():
+    def fn(p, x):
+        keys = jax.random.split(jax.random.key(0), 4).reshape(2, 2)
+        return x @ p["a"] + jax.random.normal(keys[0, 1], x.shape) @ p["b"]
+
+    assert groups(fn, weights("ab"), X) == []
