@@ -15,7 +15,7 @@ import jax
 from jax.tree_util import tree_flatten, tree_leaves, tree_structure, tree_unflatten
 
 from jaxquant.core import _compat
-from jaxquant.core.names import path_string
+from jaxquant.core.names import group_first, path_string
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.recipe import Rule
 from jaxquant.passes import dumping
@@ -112,14 +112,16 @@ class InsertScales(Pass):
 
 def _with_common_scales(inputs: list[Any]) -> list[Any]:
     """The inputs, with one input scale for all weights of a group (`QTensor.input_group`)."""
-    scales: dict[Any, Any] = {}
+    weights = {value.path: value.value for value in inputs if is_weight(value)}
     result = list(inputs)
     for i, value in enumerate(inputs):
-        if is_weight(value) and value.value.input_group is not None:
+        if is_weight(value) and (group := value.value.input_group) is not None:
             own = value.value.input_scale
-            key = (value.value.input_group, jax.typeof(own))
-            shared = value.value.replace(input_scale=scales.setdefault(key, own), input_group=None)
-            result[i] = value.replace(value=shared)
+            first = weights.get(group_first(value.path, group), value.value)
+            # Trees may be mixed: what is there may be of no group, or of another one.
+            if first.input_group == group and jax.typeof(first.input_scale) == jax.typeof(own):
+                own = first.input_scale
+            result[i] = value.replace(value=value.value.replace(input_scale=own, input_group=None))
     return result
 
 

@@ -109,7 +109,11 @@ def _scan(ctx: Context, ins: list[Any]) -> list[Any]:
     moved = {key: states for key, states in found.items() if ctx.site not in key[1]}
     if params["reverse"]:  # merged in the order of time
         moved = jax.tree.map(lambda x: x[::-1], moved)
-    own.add({**stays, **own.each(moved, lambda statistic, x: statistic.reduce(x))})
+    if params["length"]:
+        moved = own.each(moved, lambda statistic, x: statistic.reduce(x))
+    else:  # not every statistic can be reduced over no steps
+        moved = own.neutral(jax.tree.map(lambda x: jnp.sum(x, axis=0), moved))
+    own.add({**stays, **moved})
     return [*merge_fixed(state, fixed), *ys]
 
 

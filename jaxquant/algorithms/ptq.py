@@ -18,6 +18,7 @@ from jaxquant.algorithms.planning import assign, require_quantized
 from jaxquant.algorithms.progress import track
 from jaxquant.algorithms.rtn import quantize_weight
 from jaxquant.core import placement
+from jaxquant.core.names import group_names
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe
@@ -84,7 +85,7 @@ def ptq(
     else:
         check_steps(steps, plans)
         scales = {path: own["input"] for path, own in steps.items() if "input" in own}
-    groups = static_ranges.input_groups(program, assignment, scales)
+    groups = group_names(static_ranges.input_groups(program, assignment, scales))
     trained = {path: own["weight"] for path, own in (steps or {}).items() if "weight" in own}
     todo = [(i, plans[path]) for i, path in enumerate(paths) if path in plans]
     for i, plan in track(todo, "quantizing", show=progress):

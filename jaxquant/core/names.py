@@ -9,8 +9,9 @@ Nothing here may depend on Flax, and nothing else may parse or build these strin
 from __future__ import annotations
 
 import contextlib
+import posixpath
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +43,35 @@ def path_string(keypath: Iterable[Any]) -> str:
     if len(parts) > 1 and parts[0] == "params":
         parts = parts[1:]
     return "/".join(parts)
+
+
+def group_names(firsts: Mapping[str, str]) -> dict[str, str]:
+    """Names of groups of leaves that stay valid where a subtree is moved, as `QTensor.input_group`.
+
+    Args:
+      firsts: for the path of each leaf in a group the path of the group's first leaf.
+
+    Returns:
+      For each path the way from it to the first leaf, up to what all leaves of the group have in
+      common: ``"../../q/kernel"``. So it is the same for the group's leaves, and for other layers.
+    """
+    common: dict[str, list[str]] = {}
+    for path, first in firsts.items():
+        parts = path.split("/")
+        shared = common.setdefault(first, parts)
+        equal = [a == b for a, b in zip(shared, parts, strict=False)]
+        common[first] = shared[: (*equal, False).index(False)]
+    names = {}
+    for path, first in firsts.items():
+        kept = min(len(common[first]), path.count("/"))
+        up = path.count("/") + 1 - kept
+        names[path] = "/".join([*[".."] * up, *first.split("/")[kept:]])
+    return names
+
+
+def group_first(path: str, name: str) -> str:
+    """The path that a name of `group_names` leads to from a leaf's path."""
+    return posixpath.normpath(posixpath.join("/", path, name)).lstrip("/")
 
 
 def _is_box_attribute(key: Any) -> bool:

@@ -63,9 +63,9 @@ class QTensor:
         that a scan or an index will remove (see `choose_packed_axis`).
       packed_length: logical length of the packed axis (static).
       op_rules: rules for weightless operations that are saved with the tree (static, opaque).
-      input_group: None, or a name that this weight shares with all weights of the tree whose
-        `input_scale` is the same array, because they read the same input (static). Whoever gives
-        a weight another `input_scale` takes the name away.
+      input_group: None, or the way from this weight to the first of those of the tree whose
+        `input_scale` is the same array, because they read the same input: "../../q/kernel", see
+        `names.group_names` (static). Whoever gives a weight another `input_scale` takes it away.
       contracted: negative axes that the matrix product of the weight sums over, () for an op that
         is none, or None where that is not known (static). Nothing is computed from it: it says how
         to lay codes out for a platform.

@@ -241,7 +241,7 @@ def test_query_key_and_value_have_one_static_scale(act_range, tmp_path):
     q = jq.ptq(model, variables, calibration=[X, X / 3])
     layer = q["params"]["layers"]
     groups = {name: layer[name]["kernel"].input_group for name in (*"qkv", "out")}
-    assert groups == dict.fromkeys("qkv", "layers/q/kernel") | {"out": None}
+    assert groups == dict.fromkeys("qkv", "../../q/kernel") | {"out": None}
     jq.save(tmp_path / "q", q)
     for tree in (q, jq.restore(tmp_path / "q")):
         compiled = jq.compile(model, tree, X)
@@ -264,7 +264,30 @@ def test_trained_steps_that_differ_are_of_no_group():
     steps = jq.qat(fn).init_steps(params, X, learned=False, calibration=[X])
     steps["a"]["input"] = steps["a"]["input"] * 2
     q = jq.ptq(fn, params, X, steps=steps)
-    assert [q[name].input_group for name in "abc"] == [None, "b", "b"]
+    assert [q[name].input_group for name in "abc"] == [None, "../b", "../b"]
+
+
+def test_groups_of_two_trees_are_two():
+    """Trees that were calibrated apart keep their scales in one program; layers can be stacked."""
+
+    def layer(p, x):
+        return jnp.tanh(x @ p["a"]) + x @ p["b"]
+
+    def both(p, q, x):
+        return layer(p, x) + layer(q, 100 * x)
+
+    params = {name: jax.random.normal(jax.random.key(k), (16, 16)) for k, name in enumerate("ab")}
+    model = jq.quantize("w8a8_static")(layer)
+    p, q = (jq.ptq(model, params, c * X, calibration=[c * X]) for c in (1, 100))
+    assert p["a"].input_group == p["b"].input_group == "../a"
+    want = jax.jit(lambda p, q, x: model(p, x) + model(q, 100 * x))(p, q, X)
+    np.testing.assert_allclose(jq.transform(both)(p, q, X), want, rtol=1e-5, atol=1e-4)
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), p, q)
+    for got, tree in zip(jax.vmap(model, (0, None))(stacked, X), (p, q), strict=True):
+        np.testing.assert_allclose(got, model(tree, X), rtol=1e-5, atol=1e-5)
+    layers = jq.quantize("w8a8_static")(lambda ps, x: layer(ps[1], layer(ps[0], x)))
+    own = jq.ptq(layers, [params, params], X, calibration=[X])
+    assert jax.tree.structure(own[0]) == jax.tree.structure(own[1]) == jax.tree.structure(p)
 
 
 def test_strict_lists_what_would_stay_float():

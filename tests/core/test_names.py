@@ -78,3 +78,11 @@ def test_scopes_survive_autodiff_and_vmap(split):
 def test_no_module_scope():
     assert names.innermost_module(()) is None
     assert names.innermost_module(("Dense", "jvp(mlp)")) is None
+
+
+def test_names_of_groups_are_ways_to_the_first():
+    firsts = {"0/q/w": "0/q/w", "0/k/w": "0/q/w", "1/q/w": "1/q/w", "1/k/w": "1/q/w"}
+    groups = names.group_names(firsts | {"a": "a", "b": "a"})
+    assert groups == dict.fromkeys(firsts, "../../q/w") | {"a": "../a", "b": "../a"}
+    assert all(names.group_first(f"model/{p}", groups[p]) == f"model/{firsts[p]}" for p in firsts)
+    assert names.group_first("", "../a") == "a"

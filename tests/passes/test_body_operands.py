@@ -121,7 +121,7 @@ def test_quantized_by_the_caller(fn):
 
 @pytest.mark.parametrize("fn", [bodies_that_are_called, scan_in_scan], ids=lambda fn: fn.__name__)
 def test_given_scales_cross_as_well(fn):
-    tree = {name: w.replace(input_group="a") for name, w in STATIC.items()}
+    tree = {name: w.replace(input_group="../a") for name, w in STATIC.items()}
     check(fn, tree, *PROGRAMS[fn])
 
 
@@ -233,7 +233,7 @@ def test_a_body_reads_once_what_it_is_handed_twice():
 
 def test_weights_of_one_group_in_a_scan_become_one_equation():
     stacked = jax.tree.map(lambda part: jnp.stack([part, part[::-1], 2 * part]), STATIC)
-    group = {name: w.replace(input_group="a") for name, w in stacked.items()}
+    group = {name: w.replace(input_group="../a") for name, w in stacked.items()}
 
     def fn(p, x):
         def step(x, p):
@@ -256,7 +256,7 @@ def test_layers_of_one_group_keep_their_scales():
     scales = jnp.array([0.02, 0.03]).reshape(2, 1, 1)
     group = {
         name: jax.tree.map(lambda part: jnp.stack([part, part]), w).replace(
-            input_scale=scales, input_group="a"
+            input_scale=scales, input_group="../a"
         )
         for name, w in STATIC.items()
     }

@@ -65,6 +65,17 @@ def test_constant_of_a_scan_is_merged():
     np.testing.assert_allclose(observe(fn, {"w": W}, X)["w"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("statistic", [AbsMax(), Histogram()], ids=lambda s: s.name)
+def test_a_scan_of_no_steps_sees_nothing(statistic):
+    def fn(p, x):
+        return lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), x, None, length=0)[0] @ p["w"]
+
+    found, want = (
+        observe(fn, {"w": W}, X, statistic=statistic)["w"] for fn in (fn, lambda p, x: x @ p["w"])
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
 def test_nested_scans_and_a_constant_beside_stacked_layers():
     stacks = jax.random.normal(jax.random.key(3), (2, 3, 8, 8)) / 2
 
