@@ -28,6 +28,7 @@ from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UNSPECIFIED as _UNSPECIFIED
 from jax._src.sharding_impls import UnspecifiedValue as _Unspecified
 from jax._src.sharding_impls import canonicalize_sharding as _canonicalize_sharding
+from jax._src.state.types import AbstractRef as _AbstractRef
 from jax.extend.core import primitives as jp
 
 __all__ = [
@@ -110,10 +111,14 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def jaxpr_of_equations(jaxpr: Any, eqns: Sequence[Any]) -> Any:
-    """An open jaxpr of some equations of ``jaxpr``: for checking them alone."""
-    outputs = [v for eqn in eqns for v in eqn.outvars if not isinstance(v, _core.DropVar)]
+    """An open jaxpr of some equations of ``jaxpr``: for checking them alone.
+
+    It puts out what the equations do, except references, which no jaxpr may return.
+    """
+    made = [v for eqn in eqns for v in eqn.outvars if not isinstance(v, _core.DropVar)]
+    outputs = [v for v in made if not isinstance(v.aval, _AbstractRef)]
     read = dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, _core.Var))
-    own = set(outputs)
+    own = set(made)
     inputs = [v for v in read if v not in own]
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     info = jaxpr.debug_info.with_unknown_names()

@@ -95,3 +95,13 @@ def test_inputs_and_their_description_must_agree():
     program = trace(floats, W, (X,))
     with pytest.raises(VerificationError, match="describes 1 inputs, its jaxpr has 2"):
         Verifier(full=False).check(program.with_jaxpr(program.jaxpr, inputs=program.inputs[:1]))
+
+
+def test_references_are_no_outputs_of_what_is_checked():
+    def fn(p, x):
+        ref = jax.new_ref(x)
+        ref[...] = jnp.tanh(ref[...] @ p)
+        return ref[...]
+
+    program = trace(fn, jnp.eye(4), (X,))
+    Verifier(full=True).check(program)
