@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,15 @@ def input_scales(
     unseen = [p.path for p in plans if p.path not in stats]
     if unseen:
         raise ValueError(f"no calibration batch reaches the product that {unseen[0]!r} is used in")
+    idle = [p.path for p in plans if bool(jnp.any(_only_zeros(stats[p.path], statistics[p.path])))]
+    if idle:
+        warnings.warn(
+            f"calibration saw nothing but zeros, or a branch or loop was not run, in front of"
+            f" {', '.join(map(repr, idle[:5]))}{' and more' * (len(idle) > 5)}: the static scale of"
+            " such an input is 1.0, whatever it will be. Calibrate with batches that reach it, or"
+            " use a dynamic scheme for it",
+            stacklevel=2,
+        )
     return {
         p.path: input_scale(
             stats[p.path], statistics[p.path], acts[p.path], p.shape, p.layer_axes
@@ -118,6 +128,11 @@ def collect(
     return {path: states[statistics[path].name] for path, states in seen.items()}
 
 
+def _only_zeros(stat: Any, statistic: Statistic) -> jax.Array:
+    """Whether nothing but zeros was seen, of each layer; histograms have them in the first bin."""
+    return jnp.max(stat[..., 1:], axis=-1) == 0 if isinstance(statistic, Histogram) else stat == 0
+
+
 def input_scale(
     stat: Any, statistic: Statistic, act: ActScheme, shape: Sequence[int], layers: Sequence[int]
 ) -> jax.Array:
@@ -132,7 +147,8 @@ def input_scale(
 
     Returns:
       Float32 of the weight's rank, the size of each layer axis and 1 elsewhere. Where the layers
-      were not told apart by the statistic all of them share one scale.
+      were not told apart by the statistic all of them share one scale. 1.0 where only zeros were
+      seen.
     """
     own = 1 if isinstance(statistic, Histogram) else 0
     stacked = stat.shape[: stat.ndim - own]
@@ -142,6 +158,6 @@ def input_scale(
         layers = ()
     amax = stat if act.range == "absmax" else percentile_of_histogram(stat, act.percentile)
     limit = get_qtype(act.qtype).qmax
-    scale = jnp.where(amax > 0, amax / limit, 1.0)
+    scale = jnp.where(_only_zeros(stat, statistic), 1.0, amax / limit)
     sizes = [shape[axis] if axis in layers else 1 for axis in range(len(shape))]
     return scale.astype(np.float32).reshape(sizes)

@@ -336,3 +336,20 @@ def test_errors(stack):
     )
     with pytest.raises(ValueError, match="layers/Dense_0/kernel.*1 Inf"):
         jq.ptq(jq.quantize("w8a8")(model), bad, X)
+
+
+@pytest.mark.parametrize("act_range", ["absmax", "percentile"])
+def test_an_input_that_calibration_never_saw_is_said(act_range):
+    act = jq.ActScheme(mode="static", range=act_range)
+    recipe = jq.Recipe("static", (jq.Rule("**", weight=jq.WeightScheme("int8"), act=act),))
+
+    @jq.quantize(recipe)
+    def model(p, x):
+        x = x @ p["always"]
+        return jax.lax.cond(x[0, 0] > 1e6, lambda x: x @ p["never"], lambda x: x, x)
+
+    p = {name: jax.random.normal(jax.random.key(0), (8, 8)) for name in ("always", "never")}
+    x = jax.random.normal(jax.random.key(1), (4, 8))
+    with pytest.warns(UserWarning, match=r"in front of 'never': the static scale .* is 1\.0"):
+        q = jq.ptq(model, p, x, calibration=[x], progress=False)
+    assert q["never"].input_scale == 1 and 0 < q["always"].input_scale < 0.1
