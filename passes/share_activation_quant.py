@@ -106,12 +106,12 @@ class User(NamedTuple):
     """Who makes a request.
 
     Attributes:
-      index: number of the equation.
+      eqn: number of the equation.
       wish: what of its bodies' wishes it is; None for a product.
       request: the request.
     """
 
-    index: int
+    eqn: int
     wish: Wish | None
     request: Request
 
@@ -128,7 +128,7 @@ def _share(jaxpr: Any, notes: list[str]) -> Any:
     served: dict[int, list[User]] = {}
     for users in groups.values():
         for user in users:
-            served.setdefault(user.index, []).append(user)
+            served.setdefault(user.eqn, []).append(user)
     eqns: list[Any] = []
     done: dict[Any, tuple[Any, Any]] = {}
     for i, eqn in enumerate(jaxpr.eqns):
@@ -156,13 +156,15 @@ def _groups(jaxpr: Any) -> dict[Any, list[User]]:
     groups: dict[Any, list[User]] = {}
     certain: set[Any] = set()
     for i, eqn in enumerate(jaxpr.eqns):
-        found = [(None, _request(eqn, producers, first), True)]
+        found: list[tuple[Wish | None, Request | None, bool]] = [
+            (None, _request(eqn, producers, first), True)
+        ]
         for wish, always in wishes(eqn).items():
             found.append((wish, _request_of_body(eqn, wish, producers, first), always))
-        for wish, request, always in found:
+        for whose, request, always in found:
             if request is None:
                 continue
-            groups.setdefault(request.key, []).append(User(i, wish, request))
+            groups.setdefault(request.key, []).append(User(i, whose, request))
             if always:
                 certain.add(request.key)
     return {key: users for key, users in groups.items() if key in certain}
@@ -282,7 +284,7 @@ def _operands(eqn: Any) -> tuple[QTensor, tuple[Any, ...] | None]:
 def _note(place: Node, jaxpr: Any, users: Sequence[User]) -> list[str]:
     if len(users) == 1 and users[0].wish is None:
         return []
-    names = ", ".join(_name(jaxpr.eqns[user.index]) for user in users)
+    names = ", ".join(_name(jaxpr.eqns[user.eqn]) for user in users)
     aval, bodies = place.var.aval.str_short(), any(user.wish is not None for user in users)
     if len(users) == 1:
         return [f"{aval} is quantized before the body that reads it: {names}"]
