@@ -2,9 +2,10 @@
 
 `python -m benchmarks.gpu_layout` prints a line of JSON for each program: how often a weight is
 moved, the bytes of intermediate results, and how many kernels there are. Programs are a product of
-a plain matrix, of heads, of layers stacked under a scan, that scan in a loop over tokens, and
-stacked layers split over four GPUs, each with weights as they are restored and as `jq.prepare` lays
-them out. It needs the CUDA plugin of jax (see `benchmarks.gpu_aot`), and is run by the tests.
+a plain matrix, of heads, of experts, of layers stacked under a scan, that scan in a loop over
+tokens, and stacked layers split over four GPUs, each with weights as they are restored and as
+`jq.prepare` lays them out. It needs the CUDA plugin of jax (see `benchmarks.gpu_aot`), and is run
+by the tests.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SCHEMES = {
     name: jq.WeightScheme(name, "group", group_size=128)
     for name in ("int4", "int8", "int2", "float8_e4m3")
 }
-WIDTH, HEADS, LAYERS, ROWS = 1024, 8, 3, 16
+WIDTH, HEADS, LAYERS, ROWS, EXPERTS = 1024, 8, 3, 16, 4
 _CODES = {"s4": 4, "s8": 8, "f8e4m3fn": 8, "u8": 8, "s32": 32, "u32": 32}
 
 
@@ -44,6 +45,12 @@ def plain(p: Any, x: jax.Array) -> jax.Array:
 def heads(p: Any, x: jax.Array) -> jax.Array:
     """A query and an output kernel: one contracted axis of three, and two."""
     return jnp.einsum("thk,hkd->td", jnp.einsum("td,dhk->thk", x, p["in"]), p["out"])
+
+
+def experts(p: Any, x: jax.Array) -> jax.Array:
+    """Rows grouped by expert."""
+    sizes = jnp.full(EXPERTS, ROWS // EXPERTS, jnp.int32)
+    return lax.ragged_dot(x[:, : WIDTH // 2], p["experts"], sizes)
 
 
 def stacked(p: Any, x: jax.Array) -> jax.Array:
@@ -69,6 +76,7 @@ def parallel(p: Any, x: jax.Array) -> jax.Array:
 PROGRAMS = {
     "plain": plain,
     "heads": heads,
+    "experts": experts,
     "stacked": stacked,
     "tokens": tokens,
     "parallel": parallel,
@@ -85,6 +93,8 @@ def parameters(name: str) -> dict[str, jax.ShapeDtypeStruct]:
     if name == "parallel":
         wide = _DEVICES * WIDTH
         shapes, wanted = {"up": (WIDTH, wide), "down": (wide, WIDTH)}, ("up", "down")
+    if name == "experts":
+        shapes, wanted = {"experts": (EXPERTS, WIDTH // 2, WIDTH // 2)}, ("experts",)
     lead = (LAYERS,) if name in ("stacked", "tokens", "parallel") else ()
     return {key: jax.ShapeDtypeStruct((*lead, *shapes[key]), jnp.bfloat16) for key in wanted}
 

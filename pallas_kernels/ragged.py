@@ -113,7 +113,7 @@ class RaggedProduct:
             x_scale = jnp.broadcast_to(x_scale, (x.shape[0], 1)).astype(jnp.float32)
         return self.kernel.multiply(
             x,
-            codes,
+            codes.swapaxes(1, 2) if self.kernel.k_minor else codes,
             self._spread(scale),
             None if zero_point is None else self._spread(zero_point),
             group_sizes=group_sizes,
@@ -121,6 +121,11 @@ class RaggedProduct:
             table=self.weight.table,
             interpret=interpret,
         )
+
+    @property
+    def moves_codes(self) -> bool:
+        """Whether codes are transposed at every call."""
+        return self.kernel.k_minor and not self.weight.prepared
 
     def _spread(self, part: jax.Array) -> jax.Array:
         """Scales or zero points as [experts, k / group, n]."""

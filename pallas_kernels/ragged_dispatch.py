@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.as_matrix import Kernel, Weight
 from jaxquant.pallas_kernels.dispatch import (
+    PLATFORMS,
     Choice,
     Implementation,
     Place,
@@ -19,6 +22,7 @@ from jaxquant.pallas_kernels.dispatch import (
     part_of,
     settle,
 )
+from jaxquant.pallas_kernels.gpu.select import select_ragged as select_cuda
 from jaxquant.pallas_kernels.problem import RaggedProblem, Unsupported
 from jaxquant.pallas_kernels.ragged import RaggedProduct, flatten_ragged
 from jaxquant.pallas_kernels.spmd import PartitionedProduct
@@ -26,7 +30,10 @@ from jaxquant.pallas_kernels.spmd_ragged import RAGGED_AXES, LocalExperts
 from jaxquant.pallas_kernels.tpu.select import select_ragged as select_tpu
 
 # By the names that JAX lowers for: `(problem, device_kind, forced) -> Kernel`, or `Unsupported`.
-SELECT: dict[str, Callable[[RaggedProblem, str, bool], Kernel]] = {"tpu": select_tpu}
+SELECT: dict[str, Callable[[RaggedProblem, str, bool], Kernel]] = {
+    "tpu": select_tpu,
+    "cuda": select_cuda,
+}
 
 
 def choose_ragged(
@@ -67,6 +74,10 @@ def choose_ragged(
         if select is None:
             raise Unsupported("there is no kernel for rows grouped by expert")
         check_floats(x_dtype, precision)
+        float32 = PLATFORMS[place.platform].float32
+        as_it_is = act is None and jnp.dtype(x_dtype) == jnp.float32
+        if as_it_is and float32 and implementation is None:
+            raise Unsupported(f"x is float32: {float32}")
         parts = None
         if plain:
             parts = part_of(place, x_shape, weight, RAGGED_AXES, act, experts=(0,))
@@ -75,9 +86,12 @@ def choose_ragged(
         wanted = implementation is not None or (parts is not None and parts.lone_group)
         kernel = select(problem, device_kind, wanted)
         product = RaggedProduct(problem, kernel, own, act)
+        reason = kernel.reason + ("" if parts is None else f"; {parts}")
+        if product.moves_codes:
+            reason += "; codes are transposed at every call: jaxquant.prepare does it once"
         if parts is None:
-            return Choice(kernel.name, kernel.reason, product)
+            return Choice(kernel.name, reason, product)
         run = PartitionedProduct(LocalExperts(product, parts), parts, act)
-        return Choice(kernel.name, f"{kernel.reason}; {parts}", run)
+        return Choice(kernel.name, reason, run)
 
     return settle(place, implementation, find)

@@ -61,7 +61,7 @@ def scratch_types(problem: MatmulProblem, config: GpuConfig) -> Refs:
     """Shared memory and barriers that a kernel keeps for itself, by name."""
     c = config
     out = jnp.dtype(out_dtype(problem, c))
-    tile = plgpu.SMEM((c.warpgroups, c.bm, c.bn), out, transforms=_tiled(c.bn, out))
+    tile = plgpu.SMEM((c.warpgroups, c.bm, c.bn), out, transforms=tiling(c.bn, out))
     types: Refs = {"out_tile": tile}
     if not is_outside(problem, c):
         for name in epilogue.TILES:
@@ -74,7 +74,7 @@ def scratch_types(problem: MatmulProblem, config: GpuConfig) -> Refs:
         types["table_barrier"] = plgpu.Barrier(num_arrivals=1)
     if c.staged:
         operand = jnp.dtype(c.operand)
-        transforms = _tiled(math.gcd(c.chunk(problem), problem.k), operand)
+        transforms = tiling(math.gcd(c.chunk(problem), problem.k), operand)
         types["staging"] = plgpu.SMEM((c.warpgroups, c.bn, c.bk), operand, transforms=transforms)
     return types
 
@@ -97,22 +97,22 @@ def matmul_body(refs: Refs, problem: MatmulProblem, config: GpuConfig, interpret
     def nothing(*_: Any) -> None:
         """Stands where only the pipeline's allocations are asked for."""
 
-    some = _pipeline(problem, config, (0, 0, 0), nothing, nothing)
+    some = pipeline(problem, config, (0, 0, 0), nothing, nothing)
 
     @functools.partial(
         pl.run_scoped, allocations=some.get_allocations(*sources), collective_axes=AXIS
     )
     def _(allocations: Any) -> None:
         if "table" in refs:
-            _bring_table(refs)
+            bring_table(refs)
 
         def tile(row: Any, column: Any, part: Any) -> None:
             if config.cluster > 1:
                 column = column * config.cluster + lax.axis_index(CLUSTER)
             place = row, column, part
-            step = functools.partial(_step, refs, problem, config, interpret)
-            around = functools.partial(_around, refs, problem, config, place)
-            run = _pipeline(problem, config, place, step, around)
+            step = functools.partial(multiply_step, refs, problem, config, interpret)
+            around = functools.partial(around_tile, refs, problem, config, place)
+            run = pipeline(problem, config, place, step, around)
             run(*sources, allocations=allocations)
 
         if not config.blocks:
@@ -128,7 +128,7 @@ def matmul_body(refs: Refs, problem: MatmulProblem, config: GpuConfig, interpret
     plgpu.wait_smem_to_gmem(0)
 
 
-def _bring_table(refs: Refs) -> None:
+def bring_table(refs: Refs) -> None:
     """Copies the table's pairs to shared memory, once a block."""
 
     @pl.when(lax.axis_index(AXIS) == 0)
@@ -138,7 +138,7 @@ def _bring_table(refs: Refs) -> None:
     plgpu.barrier_wait(refs["table_barrier"])
 
 
-def _pipeline(
+def pipeline(
     problem: MatmulProblem,
     config: GpuConfig,
     place: tuple[Any, Any, Any],
@@ -166,7 +166,7 @@ def _pipeline(
         "x": plgpu.BlockSpec(
             (c.bm, c.bk),
             lambda k: (row, first + k),
-            transforms=_tiled(math.gcd(c.chunk(problem), problem.k), operand),
+            transforms=tiling(math.gcd(c.chunk(problem), problem.k), operand),
             collective_axes=(CLUSTER,) if c.cluster > 1 else None,
         ),
         "codes": plgpu.BlockSpec(
@@ -192,7 +192,7 @@ def _pipeline(
     )
 
 
-def _around(
+def around_tile(
     refs: Refs,
     problem: MatmulProblem,
     config: GpuConfig,
@@ -249,7 +249,7 @@ def _around(
     plgpu.copy_smem_to_gmem(refs["out_tile"].at[own], refs["out"].at[part, rows, columns])
 
 
-def _step(
+def multiply_step(
     refs: Refs,
     problem: MatmulProblem,
     config: GpuConfig,
@@ -351,7 +351,8 @@ def _sums_dtype(config: GpuConfig) -> Any:
     return jnp.int32 if config.operand == "int8" else jnp.float32
 
 
-def _tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
+def tiling(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """How a block of this dtype lies in shared memory, as wgmma reads it."""
     return _tiled_bits(columns, dtype_bytes(jnp.dtype(dtype).name) * 8)
 
 

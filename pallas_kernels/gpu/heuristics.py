@@ -57,7 +57,7 @@ def choose_config(problem: MatmulProblem, chip: Chip) -> GpuConfig:
     _check_supported(problem)
     entry = tables.find(problem, chip)
     if entry is not None and entry.config is not None:
-        timed = _at_most(problem, entry.config, chip)
+        timed = at_most(problem, entry.config, chip)
         if timed is not None:
             return timed
     return _by_rules(problem, chip)
@@ -109,7 +109,7 @@ def _by_rules(problem: MatmulProblem, chip: Chip) -> GpuConfig:
     for bm in (config.bm, config.bm // 2, config.bm // 4):  # tiles of an epilogue may be large
         if bm % 8 == 0:
             fewer_rows = _spread(p, dataclasses.replace(config, bm=bm), chip)
-            fitting = _at_most(p, fewer_rows, chip)
+            fitting = at_most(p, fewer_rows, chip)
             if fitting is not None:
                 return fitting
     raise Unsupported(
@@ -213,7 +213,7 @@ def _parts(steps: int, tiles: int, chip: Chip) -> int:
     return next((n for n in allowed if busy(n) >= _BUSY), max(allowed, key=busy))
 
 
-def _at_most(problem: MatmulProblem, config: GpuConfig, chip: Chip) -> GpuConfig | None:
+def at_most(problem: MatmulProblem, config: GpuConfig, chip: Chip) -> GpuConfig | None:
     """The config with as many of its stages as fit; None if not even two do.
 
     One that was chosen for another shape loses its cluster or some parts if they do not go here.

@@ -74,8 +74,8 @@ def quantized_matmul(
         "residual": residual,
         "table": None if table is None else reading_table.pairs(table),
     }
-    _check(given, problem)
-    arrays = _prepare(given, problem, config)
+    check_operands(given, problem)
+    arrays = prepare_operands(given, problem, config)
     sums = _run(arrays, problem, config, interpret)[:, : problem.m, : problem.n]
     if not is_outside(problem, config):
         return sums[0]
@@ -88,7 +88,9 @@ def quantized_matmul(
     return epilogue.finish(total, parts, problem, config)
 
 
-def _prepare(given: dict[str, Any], problem: MatmulProblem, config: GpuConfig) -> dict[str, Any]:
+def prepare_operands(
+    given: dict[str, Any], problem: MatmulProblem, config: GpuConfig
+) -> dict[str, Any]:
     """The arrays that the kernel takes, by the names that the body knows.
 
     Those that are small are filled up with zeros where the copy engine's tiles or plain loads must
@@ -97,7 +99,7 @@ def _prepare(given: dict[str, Any], problem: MatmulProblem, config: GpuConfig) -
     p, c = problem, config
     rows, columns = padded(p, c)
     x = reading.arrange(given["x"].astype(c.operand), p.codes, c)
-    arrays = {"x": _pad(x, rows, p.k), "codes": reading.stored(given["codes"], p.codes, c)}
+    arrays = {"x": pad(x, rows, p.k), "codes": reading.stored(given["codes"], p.codes, c)}
     block_rows, block_columns = _up(p.m, c.bm), _up(p.n, c.tile_n)
     at_end = () if is_outside(p, c) else epilogue.names(p, c)
     for name in ("scale", "zero_point"):
@@ -107,17 +109,17 @@ def _prepare(given: dict[str, Any], problem: MatmulProblem, config: GpuConfig) -
         arrays["table"] = given["table"]
     for name in at_end:
         if name in epilogue.OVER_COLUMNS:
-            arrays[name] = _pad(given[name], 1, block_columns)
+            arrays[name] = pad(given[name], 1, block_columns)
         elif name in epilogue.TILES:
-            arrays[name] = _pad(given[name].astype(p.out_dtype), rows, columns)
+            arrays[name] = pad(given[name].astype(p.out_dtype), rows, columns)
     if "x_scale" in at_end:
-        arrays["x_scale"] = _pad(given["x_scale"].reshape(1, -1), 1, block_rows)
+        arrays["x_scale"] = pad(given["x_scale"].reshape(1, -1), 1, block_rows)
     if "x_sums" in at_end:
-        arrays["x_sums"] = _pad(_sums(given["x"], p.k).T, 1, block_rows)
+        arrays["x_sums"] = pad(_sums(given["x"], p.k).T, 1, block_rows)
     if "x_sums" in streamed(p, c):
         size = c.chunk(p)
-        sums = _sums(_pad(given["x"], block_rows, p.k), size).T.reshape(-1, c.bm)
-        sums = _pad(sums, sums.shape[0], sums_width(c))
+        sums = _sums(pad(given["x"], block_rows, p.k), size).T.reshape(-1, c.bm)
+        sums = pad(sums, sums.shape[0], sums_width(c))
         arrays["x_sums"] = sums.reshape(pl.cdiv(p.k, size), -1)
     return arrays
 
@@ -131,11 +133,12 @@ def _sums(x: jax.Array, size: int) -> jax.Array:
     """Float32 [m, chunks]: sums of x over chunks of so many columns."""
     m, k = x.shape
     wide = x.astype(jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32)
-    wide = _pad(wide, m, _up(k, size))
+    wide = pad(wide, m, _up(k, size))
     return wide.reshape(m, -1, size).sum(-1).astype(jnp.float32)
 
 
-def _pad(array: jax.Array, rows: int, columns: int) -> jax.Array:
+def pad(array: jax.Array, rows: int, columns: int) -> jax.Array:
+    """The matrix with zeros behind it, up to so many rows and columns."""
     if array.shape == (rows, columns):
         return array
     return jnp.pad(array, ((0, rows - array.shape[0]), (0, columns - array.shape[1])))
@@ -156,7 +159,7 @@ def _run(
     def body(*refs: Any) -> None:
         matmul_body(dict(zip(names, refs, strict=True)), p, c, bool(interpret))
 
-    body.__name__ = _name(p, c)  # what profilers call the kernel
+    body.__name__ = kernel_name(p, c)  # what profilers call the kernel
     rows, columns = pl.cdiv(p.m, c.bm), pl.cdiv(p.n, c.tile_n * c.cluster)
     grid: dict[str, int] = {"row": rows, "column": columns, "part": c.split_k}
     if c.blocks:
@@ -177,7 +180,8 @@ def _run(
     return kernel(*arrays.values())
 
 
-def _check(given: dict[str, Any], problem: MatmulProblem) -> None:
+def check_operands(given: dict[str, Any], problem: MatmulProblem) -> None:
+    """Raises ValueError where arrays are not the problem's; names them, and both shapes."""
     p = problem
     shapes = {
         "x": (p.m, p.k),
@@ -199,6 +203,7 @@ def _check(given: dict[str, Any], problem: MatmulProblem) -> None:
             raise ValueError(f"{name} is {given[name].dtype}; the problem says {dtype}")
 
 
-def _name(problem: MatmulProblem, config: GpuConfig) -> str:
+def kernel_name(problem: MatmulProblem, config: GpuConfig) -> str:
+    """What profilers call the kernel."""
     group = "channel" if problem.groups == 1 else f"g{problem.group}"
     return f"{problem.codes}_{group}_{problem.x_dtype}_{config.scale}_{config.reading}"

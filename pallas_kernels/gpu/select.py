@@ -1,7 +1,7 @@
-"""Which GPU kernel a matrix product runs as, and why; or why none.
+"""Which GPU kernel a product runs as, and why; or why none.
 
-One of the platforms of `jaxquant.pallas_kernels.dispatch`. What was timed on the chip
-(`gpu.tables`) decides; where nothing was, rules do.
+One of the platforms of `jaxquant.pallas_kernels.dispatch` and of `ragged_dispatch`. What was timed
+on the chip (`gpu.tables`) decides; where nothing was, rules do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 from jaxquant.pallas_kernels.as_matrix import Kernel
 from jaxquant.pallas_kernels.gpu import tables
 from jaxquant.pallas_kernels.gpu.chips import CHIPS, Chip, chip_of
-from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, RaggedProblem, Unsupported
 
 _WHEN = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
 
@@ -27,11 +27,7 @@ def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
     Raises:
       Unsupported: none fits, or XLA is better; says why.
     """
-    chip = chip_of(device_kind)
-    if chip is None:
-        raise Unsupported(f"{device_kind} is none of {', '.join(CHIPS)}")
-    if not _has_mosaic_gpu():
-        raise Unsupported("this jax has no Mosaic GPU that they could be written in: 0.11 has")
+    chip = _chip(device_kind)
     if not forced:
         _check_worth(problem, chip)
     # Imported here: with an older jax these modules cannot be.
@@ -49,8 +45,45 @@ def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
     )
 
 
+def select_ragged(problem: RaggedProblem, device_kind: str, forced: bool) -> Kernel:
+    """The kernel for rows grouped by expert; its `multiply` takes `group_sizes` too.
+
+    Args:
+      problem: the product.
+      device_kind: of the device.
+      forced: of no influence: there is no figure for which XLA would be the better choice.
+
+    Raises:
+      Unsupported: none fits; says why.
+    """
+    chip, product = _chip(device_kind), problem.product
+    # Imported here: with an older jax these modules cannot be.
+    from jaxquant.pallas_kernels.gpu.quantize_rows import fits, quantize_rows
+    from jaxquant.pallas_kernels.gpu.ragged import choose_ragged_config, ragged_matmul
+
+    config = choose_ragged_config(problem, chip)
+    return Kernel(
+        f"pallas gpu {chip.name}: {product.codes} experts, scale {_WHEN[config.scale]}",
+        f"{problem.experts} experts, {product.m} rows in tiles of {config.bm}: codes are read where"
+        " there are rows for them",
+        functools.partial(ragged_matmul, problem=problem, config=config),
+        quantize_rows if fits(product.k) else None,
+        k_minor=True,
+    )
+
+
+def _chip(device_kind: str) -> Chip:
+    chip = chip_of(device_kind)
+    if chip is None:
+        raise Unsupported(f"{device_kind} is none of {', '.join(CHIPS)}")
+    if not has_mosaic_gpu():
+        raise Unsupported("this jax has no Mosaic GPU that they could be written in: 0.11 has")
+    return chip
+
+
 @functools.cache
-def _has_mosaic_gpu() -> bool:
+def has_mosaic_gpu() -> bool:
+    """Whether this jax can compile the kernels, and interpret them."""
     try:
         from jax.experimental.pallas import mosaic_gpu
     except ImportError:

@@ -21,7 +21,7 @@ PLAIN = (((1,), (0,)), ((), ()))
 INT4 = Weight("int4", (512, 256), (4, 256))
 TOKEN = ActQuant("int8", (1,))
 has_mosaic_gpu = pytest.mark.skipif(
-    not select._has_mosaic_gpu(), reason="THIS JAX HAS NO MOSAIC GPU (0.11 HAS): NO GPU KERNEL"
+    not select.has_mosaic_gpu(), reason="THIS JAX HAS NO MOSAIC GPU (0.11 HAS): NO GPU KERNEL"
 )
 
 
@@ -59,7 +59,7 @@ def test_why_not(change, reason):
 
 
 def test_an_older_jax_has_none(monkeypatch):
-    monkeypatch.setattr(select, "_has_mosaic_gpu", lambda: False)
+    monkeypatch.setattr(select, "has_mosaic_gpu", lambda: False)
     assert pick().reason == (
         "pallas cuda: this jax has no Mosaic GPU that they could be written in: 0.11 has"
     )
@@ -124,14 +124,14 @@ def test_the_plan_is_what_is_lowered(recipe):
     compiled = jq.compile(net, quantized(recipe), X, place=H200)
     found = compiled.program.facts["lowerings"]
     planned = [one for one in found if one.implementation.startswith("pallas gpu H200")]
-    kernels = recipe == "w4a16_g128" and select._has_mosaic_gpu()
+    kernels = recipe == "w4a16_g128" and select.has_mosaic_gpu()
     assert len(found) == 3 and len(planned) == 3 * kernels
     text = on_h200(jq.transform(net), quantized(recipe), X)
     assert text.count("mosaic_gpu") >= 3 if kernels else "mosaic_gpu" not in text
     explained = [row.lowering for row in jq.explain(net, quantized(recipe), X, place=H200).rows]
     assert sorted(explained) == sorted(one.implementation for one in found)
     assert not any("gpu" in row.lowering for row in jq.explain(net, quantized(recipe), X).rows)
-    if not select._has_mosaic_gpu():
+    if not select.has_mosaic_gpu():
         assert all("no Mosaic GPU" in one.reason for one in found)
     elif not kernels:
         assert all("XLA fuses the conversion" in one.reason for one in found)

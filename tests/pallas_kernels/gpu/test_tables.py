@@ -105,7 +105,7 @@ def test_the_tables_that_ship_are_sound():
 
 
 def test_what_was_timed_decides(monkeypatch):
-    monkeypatch.setattr(select, "_has_mosaic_gpu", lambda: True)
+    monkeypatch.setattr(select, "has_mosaic_gpu", lambda: True)
     monkeypatch.setattr(tables, "table", lambda chip: ENTRIES)
     with pytest.raises(Unsupported, match="timed on H200 at 2048 x 4096 x 4096: XLA takes 6 us"):
         select.select(dataclasses.replace(PROBLEM, m=2048), "NVIDIA H200", forced=False)
