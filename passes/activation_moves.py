@@ -56,13 +56,16 @@ def scale_shape(shape: Sequence[int], act: ActQuant) -> tuple[int, ...]:
     return tuple(1 if act.static or i in act.reduce_axes else n for i, n in enumerate(shape))
 
 
-def before(eqn: Any, act: ActQuant, allowed: frozenset[Primitive]) -> ActQuant | None:
+def before(
+    eqn: Any, act: ActQuant, allowed: frozenset[Primitive], given: Any = None
+) -> ActQuant | None:
     """How the first operand must be quantized instead of the output.
 
     Args:
       eqn: an equation with one output.
       act: how its output is quantized (canonical).
       allowed: `WHOLE`, `PARTS` or both.
+      given: the variable of the given scale, where there is one and it is known.
 
     Returns:
       The canonical scheme for the operand; None if that is not exact.
@@ -71,6 +74,8 @@ def before(eqn: Any, act: ActQuant, allowed: frozenset[Primitive]) -> ActQuant |
         return None
     x, out = eqn.invars[0].aval, eqn.outvars[0].aval
     if 0 in out.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    if eqn.primitive is _compat.pvary_p and act.static and not _varies_as(given, x):
         return None
     axes = _BEFORE[eqn.primitive](eqn, frozenset(act.reduce_axes), act.static)
     if axes is None:
@@ -103,6 +108,29 @@ def replay(eqn: Any, codes: Any, scale: Any, act: ActQuant) -> tuple[list[Any], 
     rest = eqn.invars[1:] if primitive is jp.dynamic_slice_p else []
     scaled = apply(primitive, [scale, *rest], params, like=eqn)
     return [moved, scaled], moved.outvars[0], scaled.outvars[0]
+
+
+def _varies_as(given: Any, x: Any) -> bool:
+    """Whether a given scale is the same on all devices on which x is."""
+    return given is not None and _compat.varying_axes(given.aval) <= _compat.varying_axes(x)
+
+
+def varying_like(scale: Any, x: Any, like: Any) -> tuple[list[Any], Any]:
+    """A scale with the type of one for values that vary over mesh axes as ``x`` does.
+
+    Args:
+      scale: a variable that varies over no other axes than ``x``.
+      x: a variable.
+      like: the equation whose source line and context a new one gets.
+
+    Returns:
+      New equations, and the variable.
+    """
+    missing = _compat.varying_axes(x.aval) - _compat.varying_axes(scale.aval)
+    if not missing:
+        return [], scale
+    eqn = apply(_compat.pvary_p, [scale], {"axes": tuple(sorted(missing))}, like=like)
+    return [eqn], eqn.outvars[0]
 
 
 def _of_scale(eqn: Any, scale: Any, shape: tuple[int, ...]) -> tuple[Primitive, dict[str, Any]]:
@@ -170,10 +198,6 @@ def _part(eqn: Any, axes: Axes, static: bool) -> Axes | None:
     return axes if static or all(x[i] == out[i] for i in axes) else None
 
 
-def _varying(eqn: Any, axes: Axes, static: bool) -> Axes | None:
-    return None if static else axes  # a given scale varies as the value behind it does
-
-
 _BEFORE: dict[Primitive, Callable[[Any, Axes, bool], Axes | None]] = {
     jp.broadcast_in_dim_p: _broadcast,
     jp.convert_element_type_p: _convert,
@@ -183,19 +207,21 @@ _BEFORE: dict[Primitive, Callable[[Any, Axes, bool], Axes | None]] = {
     jp.slice_p: _part,
     jp.squeeze_p: _reshape,
     jp.transpose_p: _transpose,
-    _compat.pvary_p: _varying,
+    _compat.pvary_p: _same,
 }
 
 
 def representatives(jaxpr: Any) -> dict[Any, Any]:
     """For each variable that is the same move of the same value as one before it, that one.
 
-    Layers often shape or convert their common input each for itself.
+    Layers often shape or convert their common input each for itself; weights with a common
+    `QTensor.input_factor` transform it each for itself, by one jitted function.
     """
     seen: dict[Any, Any] = {}
     found: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
-        if eqn.primitive not in WHOLE | PARTS or not all(map(is_var, eqn.invars)):
+        known = eqn.primitive in WHOLE | PARTS or _is_pure_call(eqn)
+        if not known or not all(map(is_var, eqn.invars)):
             continue
         operands = tuple(found.get(var, var) for var in eqn.invars)
         key = (eqn.primitive, operands, tuple(sorted(eqn.params.items())))
@@ -204,6 +230,10 @@ def representatives(jaxpr: Any) -> dict[Any, Any]:
         if first is not out:
             found[out] = first
     return found
+
+
+def _is_pure_call(eqn: Any) -> bool:
+    return eqn.primitive is jp.jit_p and not eqn.effects and len(eqn.outvars) == 1
 
 
 def _on_explicit_mesh(eqn: Any) -> bool:

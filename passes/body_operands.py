@@ -7,9 +7,11 @@ come so into a scan: with one input scale, and it has a variable for each.
 by the caller, who may have them already or have them for several bodies; a loop's constant is then
 quantized once, and not once an iteration. The body keeps the float operand for derivatives.
 
-Through jit, the constants of scan and of while's body, and cond. Not through remat, whose operands
-are kept for the backward pass, codes as well; custom derivatives, whose rules are functions of the
-operands that there are; shard_map, where a range is that of one device's part.
+Through jit, the constants of scan and of while's body, cond, custom derivatives (whose rules get
+what they got before) and shard_map (where no axis with one scale is split: the range of a part is
+another one). `body_layout` says how each takes them. Not through remat: all that goes into it is
+kept for the backward pass, whatever its policy, so codes would be memory beside the floats, and
+what is computed once more would be another thing than the user asked for.
 
 Called by `share_activation_quant`.
 """
@@ -20,7 +22,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat, primitives
 from jaxquant.pallas_kernels.activation import ActQuant
@@ -30,6 +31,17 @@ from jaxquant.passes.activation_moves import (
     canonical,
     replay,
     representatives,
+    varying_like,
+)
+from jaxquant.passes.body_layout import (
+    LAYOUTS,
+    Pair,
+    may_be_quantized_outside,
+    passed,
+    sources,
+    split_axes,
+    takes_codes,
+    types_inside,
 )
 from jaxquant.passes.edit_jaxpr import (
     CONTROL_FLOW,
@@ -70,11 +82,11 @@ def _with_merged_bodies(eqn: Any, first: Mapping[Any, Any]) -> Any:
         body, _ = _compat.open_jaxpr(value)
         seen: dict[Hashable, Any] = {}
         names: dict[Any, Any] = {}
-        sources = _sources(eqn, next(numbers))
-        for var, position in zip(body.invars, sources, strict=False):
+        positions = sources(eqn, next(numbers))
+        for var, position in zip(body.invars, positions, strict=False):
             if position is None or not is_var(atom := eqn.invars[position]):
                 continue
-            key = (first.get(atom, atom), var.aval, _passed(eqn, position))
+            key = (first.get(atom, atom), var.aval, passed(eqn, position))
             if seen.setdefault(key, var) is not var:
                 names[var] = seen[key]
         inner = _merged(_renamed(body, names))
@@ -102,33 +114,6 @@ def _renamed(body: Any, names: Mapping[Any, Any]) -> Any:
     return replace_eqns(body, eqns)
 
 
-def _sources(eqn: Any, sub: int) -> list[int | None]:
-    """For each input of a body the operand that it always is (or is a slice of), or None."""
-    count = len(eqn.invars)
-    if eqn.primitive is jp.scan_p:
-        consts, carry = _compat.scan_arity(eqn)
-        return [None if consts <= i < consts + carry else i for i in range(count)]
-    if eqn.primitive is jp.while_p:
-        cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        return list(range(cond)) if sub == 0 else list(range(cond, cond + body))
-    if eqn.primitive is jp.cond_p:
-        return list(range(1, count))
-    return list(range(count))
-
-
-def _passed(eqn: Any, position: int) -> Hashable:
-    """How an operand is passed: two that are passed alike are the same inside."""
-    params = eqn.params
-    if eqn.primitive is jp.scan_p:
-        return position < _compat.scan_arity(eqn)[0]
-    if eqn.primitive is jp.jit_p:
-        donated = params["donated_invars"][position]
-        return (params["in_shardings"][position], position if donated else None)
-    if eqn.primitive is _compat.shard_map_p:
-        return params["in_specs"][position]
-    return None
-
-
 class Wish(NamedTuple):
     """What an equation with bodies could be given beside an operand.
 
@@ -152,11 +137,10 @@ def wishes(eqn: Any) -> dict[Wish, bool]:
       For each wish whether it is quantized whenever the equation is executed: not if only some
       branches of a cond do.
     """
-    if not _takes_codes(eqn):
+    if not takes_codes(eqn):
         return {}
     found = [set(_asked(eqn, sub, body)) for sub, body in enumerate(bodies(eqn))]
-    if eqn.primitive is jp.while_p:
-        found = found[1:]
+    found = found[LAYOUTS[eqn.primitive].first :]
     common = set.intersection(*found)
     return {wish: wish in common for own in found for wish in sorted(own, key=repr)}
 
@@ -168,57 +152,40 @@ def granted(eqn: Any, given: Mapping[Wish, tuple[Any, Any]]) -> Any:
       eqn: an equation.
       given: some of its wishes, each with variables of codes and scale.
     """
+    layout = LAYOUTS[eqn.primitive]
+    operands = [var for pair in given.values() for var in pair]
+    params = layout.more(eqn, eqn.params, [_pair(eqn, wish) for wish in given])
+    types = types_inside(eqn, params, [var.aval for var in operands])
+    end = layout.end(eqn)
+    end_inside = end if layout.end_inside is None else layout.end_inside(eqn)
     numbers = iter(range(len(list(bodies(eqn)))))
 
     def served(value: Any) -> Any:
         body, _ = _compat.open_jaxpr(value)
-        sub = next(numbers)
-        if eqn.primitive is jp.while_p and sub == 0:
+        if (sub := next(numbers)) < layout.first:
             return value
-        inner = _served(body, _asked(eqn, sub, body), given, _end(eqn, sub))
+        new = list(map(new_var, types))
+        pairs = dict(zip(given, zip(new[::2], new[1::2], strict=True), strict=True))
+        inner = _served(body, _asked(eqn, sub, body), pairs)
+        invars = [*body.invars[:end_inside], *new, *body.invars[end_inside:]]
+        inner = inner.replace(invars=invars)
         return inner if value is body else value.replace(jaxpr=inner)
 
-    new = with_bodies(eqn, served)
-    operands = [var for pair in given.values() for var in pair]
-    end = _end(eqn, None)
     invars = [*eqn.invars[:end], *operands, *eqn.invars[end:]]
-    return new.replace(invars=invars, params=_more(eqn, new.params, len(operands)))
+    return with_bodies(eqn.replace(invars=invars, params=params), served)
 
 
-def _takes_codes(eqn: Any) -> bool:
-    # Effects on references speak of operands by their number.
-    numbered = any(hasattr(effect, "input_index") for effect in eqn.effects)
-    return eqn.primitive in (jp.jit_p, jp.scan_p, jp.while_p, jp.cond_p) and not numbered
-
-
-def _end(eqn: Any, sub: int | None) -> int:
-    """Where new operands go; for body ``sub`` where its new inputs go."""
-    if eqn.primitive is jp.scan_p:
-        return _compat.scan_arity(eqn)[0]
-    if eqn.primitive is jp.while_p:
-        body = eqn.params["body_nconsts"]
-        return body if sub is not None else eqn.params["cond_nconsts"] + body
-    if eqn.primitive is jp.cond_p and sub is not None:
-        return len(eqn.invars) - 1
-    return len(eqn.invars)
-
-
-def _more(eqn: Any, params: dict[str, Any], count: int) -> dict[str, Any]:
-    """Parameters for ``count`` operands more."""
-    if eqn.primitive is jp.scan_p:
-        return _compat.scan_with_more_consts(params, count)
-    if eqn.primitive is jp.while_p:
-        return {**params, "body_nconsts": params["body_nconsts"] + count}
-    if eqn.primitive is jp.jit_p:
-        return _compat.jit_with_more_operands(params, count)
-    return params
+def _pair(eqn: Any, wish: Wish) -> Pair:
+    ndim = len(eqn.invars[wish.position].aval.shape)
+    shared = range(ndim) if wish.act.static else wish.act.reduce_axes
+    return Pair(wish.position, frozenset(shared))
 
 
 def _asked(eqn: Any, sub: int, body: Any) -> dict[Wish, int]:
     """The wishes of one body, with the number of the equation that quantizes."""
     fixed = {}
-    for var, position in zip(body.invars, _sources(eqn, sub), strict=False):
-        if position is not None and _may_be_quantized_outside(eqn, position):
+    for var, position in zip(body.invars, sources(eqn, sub), strict=False):
+        if position is not None and may_be_quantized_outside(eqn, position):
             fixed[var] = position
     if not fixed:
         return {}
@@ -228,29 +195,26 @@ def _asked(eqn: Any, sub: int, body: Any) -> dict[Wish, int]:
         if inner.primitive is not primitives.quantize_activation_p:
             continue
         var, act = _chain(inner, producers)[-1]
+        if var not in fixed or not split_axes(eqn, fixed[var], var.aval).isdisjoint(
+            act.reduce_axes
+        ):
+            continue
         scale = None
         if len(inner.invars) > 1:
             scale = fixed.get(scale_root(inner.invars[1], producers))
-        if var in fixed and (scale is None) == (len(inner.invars) == 1):
-            wish = Wish(fixed[var], act, inner.params["dtype"], scale)
-            found.setdefault(wish, index)
+            if scale is None or eqn.invars[scale].aval.size != 1:
+                continue
+        found.setdefault(Wish(fixed[var], act, inner.params["dtype"], scale), index)
     return found
-
-
-def _may_be_quantized_outside(eqn: Any, position: int) -> bool:
-    if eqn.primitive is jp.scan_p:
-        return position < _compat.scan_arity(eqn)[0]
-    if eqn.primitive is jp.jit_p:
-        return _compat.is_unspecified(eqn.params["in_shardings"][position])
-    return True
 
 
 def _chain(eqn: Any, producers: Mapping[Any, Any]) -> list[tuple[Any, ActQuant]]:
     """From what an equation quantizes back to the value that it is a form of."""
-    var = eqn.invars[0]
+    var, *given = eqn.invars
+    scale = scale_root(given[0], producers) if given else None
     chain = [(var, canonical(eqn.params["act"], var.aval.shape))]
     while (producer := producers.get(chain[-1][0])) is not None:
-        act, source = before(producer, chain[-1][1], WHOLE), producer.invars[0]
+        act, source = before(producer, chain[-1][1], WHOLE, scale), producer.invars[0]
         if act is None or not is_var(source):
             break
         chain.append((source, act))
@@ -267,12 +231,9 @@ def scale_root(var: Any, producers: Mapping[Any, Any]) -> Any:
     return var
 
 
-def _served(
-    body: Any, asked: Mapping[Wish, int], given: Mapping[Wish, tuple[Any, Any]], end: int
-) -> Any:
-    """A body with inputs for all that is given, which its own quantizations make way for."""
-    inputs = {wish: tuple(new_var(v.aval) for v in pair) for wish, pair in given.items()}
-    instead = {asked[wish]: inputs[wish] for wish in given if wish in asked}
+def _served(body: Any, asked: Mapping[Wish, int], given: Mapping[Wish, tuple[Any, Any]]) -> Any:
+    """A body whose own quantizations make way for codes and scales that it is given."""
+    instead = {asked[wish]: pair for wish, pair in given.items() if wish in asked}
     producers = {var: e for e in body.eqns for var in e.outvars}
     names: dict[Any, Any] = {}
     eqns: list[Any] = []
@@ -281,11 +242,11 @@ def _served(
             eqns.append(eqn)
             continue
         codes, scale = instead[index]
+        new, scale = varying_like(scale, codes, eqn)
+        eqns += new
         for var, act in reversed(_chain(eqn, producers)[:-1]):
             new, codes, scale = replay(producers[var], codes, scale, act)
             eqns += new
         names.update(zip(eqn.outvars, (codes, scale), strict=True))
-    more = [var for pair in inputs.values() for var in pair]
-    invars = [*body.invars[:end], *more, *body.invars[end:]]
     served = _renamed(replace_eqns(body, eqns), names)
-    return drop_unused(served, WHOLE).replace(invars=invars)
+    return drop_unused(served, WHOLE)

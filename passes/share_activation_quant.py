@@ -41,7 +41,14 @@ from jaxquant.core.primitives.activation import scale_dtype
 from jaxquant.core.primitives.weights import bind_leaves, unflatten
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.activation import ActQuant
-from jaxquant.passes.activation_moves import WHOLE, before, canonical, replay, representatives
+from jaxquant.passes.activation_moves import (
+    WHOLE,
+    before,
+    canonical,
+    replay,
+    representatives,
+    varying_like,
+)
 from jaxquant.passes.body_operands import Wish, granted, merge_operands, scale_root, wishes
 from jaxquant.passes.body_pass import BodyPass
 from jaxquant.passes.edit_jaxpr import apply, is_var, new_eqn, replace_eqns
@@ -209,7 +216,8 @@ def _behind(
     """The request for a variable, followed back to the value that it is a form of."""
     chain = [Node(first.get(x, x), act)]
     while (producer := producers.get(chain[-1].var)) is not None:
-        earlier, source = before(producer, chain[-1].act, WHOLE), producer.invars[0]
+        earlier = before(producer, chain[-1].act, WHOLE, static_scale)
+        source = producer.invars[0]
         if earlier is None or not is_var(source) or not source.aval.shape:
             break
         chain.append(Node(first.get(source, source), earlier))
@@ -257,7 +265,9 @@ def _quantize(node: Node, request: Request, user: Any) -> list[Any]:
         ones = (1,) * len(node.var.aval.shape)
         params = {"new_sizes": ones, "dimensions": None, "sharding": None}
         eqns.append(apply(jp.reshape_p, [request.static_scale], params, like=user))
-        operands += eqns[0].outvars
+        new, scale = varying_like(eqns[0].outvars[0], node.var, user)
+        eqns += new
+        operands.append(scale)
     scheme: dict[str, Any] = {"act": node.act, "dtype": request.dtype}
     return [*eqns, apply(primitives.quantize_activation_p, operands, scheme, like=user)]
 

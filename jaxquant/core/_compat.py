@@ -41,6 +41,7 @@ __all__ = [
     "canonical_out_sharding",
     "canonical_precision",
     "custom_rule",
+    "custom_with_more_consts",
     "equation_context",
     "explicit_sharding",
     "has_tangent",
@@ -70,6 +71,7 @@ __all__ = [
     "source_line",
     "split_p",
     "stack_p",
+    "type_in_shard_map",
     "unsplit",
     "unstack_p",
     "vary_like",
@@ -129,11 +131,13 @@ def abstract_eval(primitive: Any, avals: Sequence[Any], params: Any, eqn: Any) -
     """Types of the outputs of ``primitive`` for an equation to be put beside ``eqn``.
 
     Inside shard_map the types say over which axes values vary, but rules of JAX's own keep that
-    only if they are told to.
+    only if they are told to, and look up the names of axes that tracing would have bound.
     """
     varying = any(aval.mat.varying for aval in avals)
     with eqn.ctx.manager, _config._check_vma(varying):
-        out, _ = primitive.abstract_eval(*avals, **params)
+        mesh = _mesh.get_abstract_mesh()
+        with _core.extend_axis_env_nd([(name, mesh.shape[name]) for name in mesh.manual_axes]):
+            out, _ = primitive.abstract_eval(*avals, **params)
     return list(out) if primitive.multiple_results else [out]
 
 
@@ -163,6 +167,28 @@ def jit_with_more_operands(params: dict[str, Any], count: int) -> dict[str, Any]
         "donated_invars": (False,) * count,
     }
     return {**params, **{name: (*params[name], *values) for name, values in more.items()}}
+
+
+def custom_with_more_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """Parameters of a custom_jvp or custom_vjp call with ``count`` more constants in front.
+
+    They are as those that JAX hoists out of the function: the user's rules do not get them.
+    """
+    more = {**params, "num_consts": params["num_consts"] + count}
+    if "out_trees" in params:
+        # It also numbers the operands that the forward rule hands on as residuals.
+        def out_trees() -> tuple[Any, Any, list[int | None]]:
+            out, residuals, handed_on = params["out_trees"]()
+            return out, residuals, [None if i is None else i + count for i in handed_on]
+
+        more["out_trees"] = out_trees
+    return more
+
+
+def type_in_shard_map(eqn: Any, spec: Any, aval: Any) -> Any:
+    """The type that an operand of a shard_map equation has in its body."""
+    p = eqn.params
+    return _core.shard_aval(p["mesh"], p["newly_manual_axes"], p["check_vma"], spec, aval)
 
 
 def name_stack_names(eqn: Any) -> tuple[str, ...]:
@@ -301,11 +327,11 @@ def match_varying(*args: Any) -> list[Any]:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Names of the manual mesh axes that a value, or what stands for its type, varies over."""
+    """Names of the manual mesh axes that a value, its type, or what stands for it varies over."""
     if isinstance(x, jax.ShapeDtypeStruct):
         manual = x.manual_axis_type
     else:
-        manual = getattr(jax.typeof(x), "mat", None)
+        manual = getattr(x if isinstance(x, _core.AbstractValue) else jax.typeof(x), "mat", None)
     return frozenset() if manual is None else manual.varying
 
 

@@ -167,22 +167,9 @@ def a_remat(p, x):
     return jax.checkpoint(lambda p, x: jnp.tanh(x @ p["a"]))(p, x) + x @ p["b"]
 
 
-@jax.custom_vjp
-def own_rule(w, x):
-    return x @ w
-
-
-own_rule.defvjp(lambda w, x: (x @ w, w), lambda w, ct: (None, ct @ w.T))
-
-
-def a_custom_derivative(p, x):
-    return own_rule(p["a"], x) + x @ p["b"]
-
-
 @pytest.mark.parametrize(
-    "fn", [only_one_branch, what_a_loop_carries, a_remat, a_custom_derivative],
-    ids=lambda fn: fn.__name__,
-)  # fmt: skip
+    "fn", [only_one_branch, what_a_loop_carries, a_remat], ids=lambda fn: fn.__name__
+)
 def test_what_stays_inside(fn):
     program, _ = quantized(fn, TREE, X)
     shared = apply(program, SHARE)
