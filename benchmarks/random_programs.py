@@ -64,6 +64,7 @@ def _empty() -> dict[str, Any]:
     return {
         "count": 0,
         "failures": [],
+        "on_an_edge": [],
         "worst_error": {"float32": 0.0, "float64": 0.0, "rounded on the way": 0.0},
         "cpu_seconds": 0.0,
         "quantized_parameters": 0,
@@ -109,6 +110,8 @@ def _run(record: dict[str, Any], number: int) -> None:
         _count(record["rows_of_plans"], outcome.statuses)
         _count(record["occurrences_of_primitive"], outcome.primitives)
         _count(record["programs_with_primitive"], dict.fromkeys(outcome.primitives, 1))
+        if outcome.edge:
+            record["on_an_edge"].append({"number": number, "difference": outcome.edge})
         record["quantized_parameters"] += outcome.quantized
         record["with_int8_activations"] += outcome.activations
         kind = "rounded on the way" if case.builder.rounding else case.builder.dtype

@@ -41,7 +41,9 @@ def abstract_weight(plan: ParamPlan, op_rules: Sequence[Rule] = ()) -> QTensor:
     if plan.act is not None and plan.act.mode == "static":
         sizes = [n if axis in plan.layer_axes else 1 for axis, n in enumerate(plan.shape)]
         scale = jax.ShapeDtypeStruct(tuple(sizes), jnp.float32)
-    return dataclasses.replace(shapes, act=plan.act, input_scale=scale, op_rules=tuple(op_rules))
+    return dataclasses.replace(
+        shapes, act=plan.act, act_ops=plan.act_ops, input_scale=scale, op_rules=tuple(op_rules)
+    )
 
 
 @functools.lru_cache(maxsize=512)

@@ -6,9 +6,9 @@ explain and ptq. Nothing here quantizes.
 
 How the uses of one parameter are merged: the product with most work decides the axes of the
 scales, else the lookup; further uses that these scales do not suit still compute the same, and the
-plan says how. A rule that skips one use keeps the whole parameter float. Never quantized: integers,
-vectors, parameters that no product sums over (norm gains and biases, also where an einsum applies
-them), and whatever has other uses only.
+plan says how (`merge_uses`). A rule that skips one use keeps the whole parameter float. Never
+quantized: integers, vectors, parameters that no product sums over (norm gains and biases, also
+where an einsum applies them), and whatever has other uses only.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jaxquant.core.qtypes import get_qtype
 from jaxquant.core.quantize_array import choose_packed_axis
 from jaxquant.core.recipe import Recipe, Rule
 from jaxquant.core.schemes import ActScheme, WeightScheme
+from jaxquant.passes.merge_uses import at, deciding, name_of, notes, rounding_ops
 from jaxquant.passes.op_use import OpUse
 from jaxquant.passes.param_blocks import GroupSizeError, block_shape, summed
 from jaxquant.passes.rule_errors import check_rules
@@ -44,6 +45,7 @@ class ParamPlan:
       uses: everything it takes part in.
       scheme: how it is stored, or None if it stays float.
       act: what its products do with their input, or None.
+      act_ops: primitives of the products that do so; None for all of them.
       block_shape: neighbours along each axis that share a scale; None if it stays float.
       packed_axis: negative axis along which bit-packed codes are packed, or None.
       layer_axes: axes that only number layers.
@@ -61,6 +63,7 @@ class ParamPlan:
     uses: tuple[OpUse, ...] = ()
     scheme: WeightScheme | None = None
     act: ActScheme | None = None
+    act_ops: tuple[str, ...] | None = None
     block_shape: tuple[int, ...] | None = None
     packed_axis: int | None = None
     layer_axes: tuple[int, ...] = ()
@@ -141,10 +144,10 @@ def _plan(plan: ParamPlan, own: Sequence[tuple[OpUse, Rule | None]]) -> ParamPla
         return dataclasses.replace(plan, reason=reason)
     for use, rule in own:
         if rule is not None and rule.skip:
-            return dataclasses.replace(plan, rule=rule, reason=f"{rule} skips {_name(use)}")
-    use, rule = _deciding(own)
+            return dataclasses.replace(plan, rule=rule, reason=f"{rule} skips {name_of(use)}")
+    use, rule = deciding(own)
     if rule is None or rule.weight is None:
-        return dataclasses.replace(plan, reason=f"no rule of the recipe matches {_name(use)}")
+        return dataclasses.replace(plan, reason=f"no rule of the recipe matches {name_of(use)}")
     scheme = rule.weight
     blocks = block_shape(use, scheme, plan.path)
     if not _is_smaller(plan, scheme, blocks):
@@ -154,17 +157,19 @@ def _plan(plan: ParamPlan, own: Sequence[tuple[OpUse, Rule | None]]) -> ParamPla
     apart = ("layer",) if use.primitive == "gather" else ("layer", "batch", "indexed")
     stack = tuple(a.axis for a in use.axes if a.parts and a.run(*apart) == a.length)
     packed = get_qtype(scheme.qtype).packed
+    ops = rounding_ops(use, rule, own)
     return dataclasses.replace(
         plan,
         scheme=scheme,
-        act=rule.act if _quantizes_input(use, rule) else None,
+        act=rule.act if True in ops.values() else None,
+        act_ops=tuple(op for op in ops if ops[op]) if len(set(ops.values())) > 1 else None,
         block_shape=blocks,
         packed_axis=choose_packed_axis(plan.shape, blocks, stack) if packed else None,
         layer_axes=tuple(a.axis for a in use.axes if a.is_layer),
         stack_axes=stack,
         contracted=_contracted(use),
         rule=rule,
-        notes=tuple(_notes(use, rule, blocks, own)),
+        notes=tuple(notes(use, rule, blocks, own, ops)),
     )
 
 
@@ -185,10 +190,10 @@ def _never_quantized(plan: ParamPlan) -> str:
     lookups = [use for use in plan.uses if use.primitive == "gather"]
     if not products and not lookups:
         other = plan.uses[0]
-        return f"{other.detail}, which has no quantized form{_at(other)}"
+        return f"{other.detail}, which has no quantized form{at(other)}"
     sums = any(use.contracts for use in products)
     if not sums and not lookups:
-        where = _at(products[0])
+        where = at(products[0])
         return f"its products sum over none of its axes: a gain, bias or outer product{where}"
     first = (products or lookups)[0]
     axes = [axis for axis in first.axes if not axis.is_layer]
@@ -199,18 +204,6 @@ def _never_quantized(plan: ParamPlan) -> str:
     if not sums and all(summed(lookups[0], axis) == 1 for axis in lookups[0].axes):
         return "its lookups pick single values, which can share no scale"
     return ""
-
-
-def _deciding(own: Sequence[tuple[OpUse, Rule | None]]) -> tuple[OpUse, Rule | None]:
-    """The use that decides the axes of the scales: the product with most work, else a lookup.
-
-    The first of equals; what a gradient multiplies decides last. The work tells a layer from what
-    is done to its kernel on the side, such as the power iteration of a spectral norm.
-    """
-    products = [pair for pair in own if pair[0].is_product and pair[0].contracts]
-    forward = [pair for pair in products if not pair[0].backward]
-    lookups = [pair for pair in own if pair[0].primitive == "gather"]
-    return max(forward or lookups or products, key=lambda pair: pair[0].work)
 
 
 def _is_smaller(plan: ParamPlan, scheme: WeightScheme, blocks: Sequence[int]) -> bool:
@@ -225,54 +218,6 @@ def _is_smaller(plan: ParamPlan, scheme: WeightScheme, blocks: Sequence[int]) ->
     return size * qtype.bits + scales * scale_bits < size * 8 * jnp.dtype(plan.dtype).itemsize
 
 
-def _quantizes_input(use: OpUse, rule: Rule) -> bool:
-    """Whether the rule's activation scheme is for this product.
-
-    XLA has no integer convolution or ragged dot that is fast on every platform: these take a rule
-    that names them.
-    """
-    return use.primitive == "dot_general" or (use.is_product and rule.op is not None)
-
-
-def _notes(
-    use: OpUse, rule: Rule, blocks: Sequence[int], own: Sequence[tuple[OpUse, Rule | None]]
-) -> list[str]:
-    """What happens to the uses that did not decide."""
-    notes = []
-    scheme = rule.weight
-    assert scheme is not None
-    prescribed = get_qtype(scheme.qtype).group_size is not None
-    if use.primitive == "conv" and scheme.granularity == "group" and not prescribed:
-        notes.append("a convolution has one scale an output channel, not groups")
-    if use.is_product and rule.act is not None and not _quantizes_input(use, rule):
-        notes.append(
-            f"its input stays float: XLA has no integer {use.kind} that is fast on every platform; "
-            f"a rule with op={use.kind!r} quantizes it"
-        )
-    for other, other_rule in own:
-        if other is use:
-            continue
-        if other.primitive == "other":
-            notes.append(f"{other.detail}{_at(other)}: dequantized there")
-            continue
-        if other_rule is not None and (other_rule.weight, other_rule.act) != (
-            rule.weight,
-            rule.act,
-        ):
-            notes.append(f"{_name(other)} would follow {other_rule}; {_name(use)} decides")
-        if other.is_product and not _suits(other, blocks):
-            notes.append(f"{_name(other)} sums over axes that have a scale each{_at(other)}")
-    return list(dict.fromkeys(notes))
-
-
-def _suits(use: OpUse, blocks: Sequence[int]) -> bool:
-    """Whether neighbours that a product sums over share scales of these blocks."""
-    return all(
-        axis.allows(block) and (block > 1 or axis.contracted == 1)
-        for axis, block in zip(use.axes, blocks, strict=True)
-    )
-
-
 def _with_joined(plans: Mapping[str, ParamPlan]) -> dict[str, ParamPlan]:
     """Says where parameters are joined to others that are stored differently."""
     result = {}
@@ -284,12 +229,3 @@ def _with_joined(plans: Mapping[str, ParamPlan]) -> dict[str, ParamPlan]:
             plan = dataclasses.replace(plan, notes=(*plan.notes, note))
         result[path] = plan
     return result
-
-
-def _name(use: OpUse) -> str:
-    where = use.module if use.module else use.param
-    return f"{use.kind} {where!r}" if where else use.kind
-
-
-def _at(use: OpUse) -> str:
-    return f" ({use.source})" if use.source else ""

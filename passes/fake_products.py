@@ -30,7 +30,7 @@ from jaxquant.passes.control_flow import CONTROL
 from jaxquant.passes.interpreter import Context, Rule, Weight, register
 from jaxquant.passes.rewrite import Rewriter
 from jaxquant.passes.rewrite_moves import MOVES
-from jaxquant.passes.rewrite_products import dot_operands, weight_on_the_right
+from jaxquant.passes.rewrite_products import dot_operands, rounding, weight_on_the_right
 
 PRODUCTS: dict[Primitive, Rule] = {}
 
@@ -45,8 +45,8 @@ def dequantized(w: QTensor) -> jax.Array:
 @register(PRODUCTS, jp.dot_general_p)
 def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight, side = dot_operands(ctx, ins)
-    w, dims = weight.value, ctx.params["dimension_numbers"]
-    if w.act is None or ctx.backward:
+    w, dims = rounding(weight.value, ctx, "dot_general"), ctx.params["dimension_numbers"]
+    if w.act is None:
         return _bind(ctx, side, x, dequantized(w))
     axes = DotAxes.make(dims, x.ndim, w.ndim, side)
     dtype = ctx.eqn.outvars[0].aval.dtype
@@ -107,8 +107,8 @@ def _sums(ctx: Context, x: jax.Array, w: jax.Array, axes: DotAxes) -> jax.Array:
 @register(PRODUCTS, jp.conv_general_dilated_p)
 def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight = weight_on_the_right(ins, "the input of a convolution")
-    w = weight.value
-    if w.act is not None and not ctx.backward:
+    w = rounding(weight.value, ctx, "conv")
+    if w.act is not None:
         x = _with_one_scale(conv_act(w.act, x.ndim, **ctx.params), x, w)
     return _compat.bind(ctx.eqn, [x, dequantized(w)])
 
@@ -116,8 +116,8 @@ def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
 @register(PRODUCTS, _compat.ragged_dot_general_p)
 def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight, *rest = weight_on_the_right(ins, "the left side of a ragged dot")
-    w = weight.value
-    if w.act is not None and not ctx.backward:
+    w = rounding(weight.value, ctx, "ragged_dot")
+    if w.act is not None:
         plain = plain_ragged(x, w, rest[0], ctx.params)
         act = act_quant(w.act, x.ndim, (1,) if plain else range(x.ndim))
         x = _with_one_scale(act, x, w)

@@ -120,7 +120,7 @@ class InsertFakeQuant(Pass):
             values = fake_codes(grid, w, scale, zero_point)
         return QTensor(
             values, scale, input_scale=_input_scale(plan, steps.get("input")), qtype=qtype,
-            dtype=jnp.dtype(w.dtype), act=plan.act,
+            dtype=jnp.dtype(w.dtype), act=plan.act, act_ops=plan.act_ops,
         )  # fmt: skip
 
     def _scales(self, w: Any, plan: ParamPlan) -> tuple[jax.Array, jax.Array | None]:

@@ -157,7 +157,7 @@ def _row(
         granularity=plan.scheme.granularity if plan.scheme else None,
         weight=str(plan.scheme) if plan.scheme else "",
         block_shape=plan.block_shape,
-        act=str(plan.act) if plan.act and _quantizes_input(use) else "",
+        act=str(plan.act) if plan.act and _quantizes_input(use, plan) else "",
         status=status,
         lowering=lowering,
         why=why,
@@ -169,8 +169,9 @@ def _row(
     )
 
 
-def _quantizes_input(use: OpUse) -> bool:
-    return use.is_product and not use.backward
+def _quantizes_input(use: OpUse, plan: ParamPlan) -> bool:
+    named = plan.act_ops is None or use.primitive in plan.act_ops
+    return use.is_product and named and not use.backward
 
 
 def _outcome(use: OpUse, event: Event | None) -> tuple[Status, str]:

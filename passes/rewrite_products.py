@@ -25,7 +25,7 @@ PRODUCTS: dict[Primitive, Rule] = {}
 @register(PRODUCTS, jp.dot_general_p)
 def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight, side = dot_operands(ctx, ins)
-    w, dims = _without_act(weight.value, ctx), ctx.params["dimension_numbers"]
+    w, dims = rounding(weight.value, ctx, "dot_general"), ctx.params["dimension_numbers"]
     kept = ("precision", "preferred_element_type", "out_sharding")
     options = {name: ctx.params[name] for name in kept}
     out = primitives.quantized_dot_general(x, w, dims, weight_side=side, **options)
@@ -38,7 +38,7 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
 @register(PRODUCTS, jp.conv_general_dilated_p)
 def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight = weight_on_the_right(ins, "the input of a convolution")
-    w, dims = _without_act(weight.value, ctx), ctx.params["dimension_numbers"]
+    w, dims = rounding(weight.value, ctx, "conv"), ctx.params["dimension_numbers"]
     out = primitives.bind_conv(x, w, **ctx.params)
     report_quantized(ctx, weight, lambda: primitives.describe_conv(w, dims))
     return [_as(out, ctx)]
@@ -47,7 +47,7 @@ def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
 @register(PRODUCTS, _compat.ragged_dot_general_p)
 def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight, group_sizes = weight_on_the_right(ins, "the left side of a ragged dot")
-    w = _without_act(weight.value, ctx)
+    w = rounding(weight.value, ctx, "ragged_dot")
     out = primitives.bind_ragged_dot(x, w, group_sizes, **ctx.params)
     report_quantized(
         ctx, weight, lambda: primitives.describe_ragged_dot(x, w, group_sizes, ctx.params)
@@ -91,9 +91,18 @@ def weight_on_the_right(ins: list[Any], otherwise: str) -> list[Any]:
     return ins
 
 
-def _without_act(w: QTensor, ctx: Context) -> QTensor:
-    """A cotangent is no input: it passes as it would in a gradient taken from outside."""
-    return w.replace(act=None) if ctx.backward else w
+def rounding(w: QTensor, ctx: Context, op: str) -> QTensor:
+    """The weight, with ``act`` if this product quantizes its input.
+
+    A cotangent is no input: it passes as it would in a gradient taken from outside.
+
+    Args:
+      w: the weight.
+      ctx: context of the product.
+      op: its name in `QTensor.act_ops`.
+    """
+    named = w.act_ops is None or op in w.act_ops
+    return w.replace(act=None if ctx.backward or not named else w.act, act_ops=None)
 
 
 def _require_float(x: Any) -> None:

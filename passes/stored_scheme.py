@@ -46,6 +46,7 @@ def _plan(path: str, aval: Any, uses: Sequence[OpUse], weight: QTensor | None) -
         plan,
         scheme=_scheme(weight, layers, summed),
         act=weight.act,
+        act_ops=weight.act_ops,
         block_shape=weight.block_shape,
         packed_axis=weight.packed_axis,
         layer_axes=layers,

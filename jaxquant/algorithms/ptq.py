@@ -95,6 +95,7 @@ def ptq(
             input_group=groups.get(plan.path),
             op_rules=assignment.op_rules,
             contracted=plan.contracted,
+            act_ops=plan.act_ops,
         ).validate(plan.path)
     return adapter.with_tree(jax.tree_util.tree_unflatten(treedef, leaves))
 

@@ -31,7 +31,7 @@ from jaxquant.pallas_kernels import packing
 _DATA_FIELDS = ("codes", "scale", "zero_point", "input_scale")
 _STATIC_FIELDS = (
     "qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules", "input_group",
-    "contracted", "prepared", "mesh_layout",
+    "contracted", "prepared", "mesh_layout", "act_ops",
 )  # fmt: skip
 _NO_ARITHMETIC = (
     "a QTensor holds quantized codes and does no arithmetic ({what}). Decorate the module with"
@@ -62,6 +62,8 @@ class QTensor:
         that removing leading axes keeps it; a packed axis must therefore lie behind every axis
         that a scan or an index will remove (see `choose_packed_axis`).
       packed_length: logical length of the packed axis (static).
+      act_ops: names of the primitives whose input `act` is for, where the weight meets others as
+        well ("dot_general", "conv", "ragged_dot"), or None for all of its products (static).
       op_rules: rules for weightless operations that are saved with the tree (static, opaque).
       input_group: None, or the way from this weight to the first of those of the tree whose
         `input_scale` is the same array, because they read the same input: "../../q/kernel", see
@@ -89,6 +91,7 @@ class QTensor:
     contracted: tuple[int, ...] | None = None
     prepared: str | None = None
     mesh_layout: MeshLayout | None = None
+    act_ops: tuple[str, ...] | None = None
 
     # -- pytree ------------------------------------------------------------------------------
 

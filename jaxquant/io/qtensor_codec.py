@@ -47,6 +47,7 @@ class QTensorCodec:
             "shape": list(value.shape),
             "dtype": np.dtype(value.dtype).name,
             "act": None if value.act is None else value.act.to_json(),
+            "act_ops": None if value.act_ops is None else list(value.act_ops),
             "packed_axis": value.packed_axis,
             "packed_length": value.packed_length,
             "op_rules": encoder.op_rules.index(rules),
@@ -69,6 +70,9 @@ class QTensorCodec:
         }
         # Checkpoints of format 1 that were written before there were such fields lack them.
         group = take({"input_group": None, **node}, "input_group", (str, type(None)), where)
+        ops = take({"act_ops": None, **node}, "act_ops", (list, type(None)), where)
+        if ops is not None and not all(isinstance(op, str) for op in ops):
+            raise CheckpointError(f"{where}: act_ops is no list of names: {ops}")
         axes = take({"contracted": None, **node}, "contracted", (list, type(None)), where)
         if axes is not None and not all(type(axis) is int for axis in axes):
             raise CheckpointError(f"{where}: contracted is no list of axes: {axes}")
@@ -103,6 +107,7 @@ class QTensorCodec:
                 decoder.op_rules[rules],
                 group,
                 None if axes is None else tuple(axes),
+                act_ops=None if ops is None else tuple(ops),
             ).validate("QTensor")
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: {error}") from error

@@ -114,6 +114,7 @@ class Outcome:
       quantized: how many parameters were quantized.
       activations: whether activations were quantized.
       statuses: how many rows of the plan have which status.
+      edge: how it differed where a value lay on the edge between two codes; "" if none did.
     """
 
     error: float
@@ -121,14 +122,33 @@ class Outcome:
     quantized: int
     activations: bool
     statuses: collections.Counter[str]
+    edge: str = ""
 
 
 def check(case: Program, seed: int = 0) -> Outcome:
     """Quantizes a program and asserts what must hold of it.
 
+    Where activations are rounded a value may lie on the edge between two codes, to the last bit of
+    a sum: then the program must be right for two other draws of its values.
+
     Raises:
-      AssertionError: something does not.
+      AssertionError: something does not hold.
     """
+    try:
+        return _checked(case, seed)
+    except DiffersError as error:
+        if case.act is None:
+            raise
+        _checked(case, seed + 1_000_003)
+        outcome = _checked(case, seed + 2_000_003)
+        return dataclasses.replace(outcome, edge=error.args[0])
+
+
+class DiffersError(AssertionError):
+    """The result is not the oracle's."""
+
+
+def _checked(case: Program, seed: int) -> Outcome:
     rng = np.random.default_rng(seed)
     b = case.builder
     params = {n: rng.standard_normal(s).astype(b.dtype) for n, s in b.shapes.items()}
@@ -151,7 +171,7 @@ def check(case: Program, seed: int = 0) -> Outcome:
     after, result = jax.make_jaxpr(quantized, return_shape=True)(tree, x, given)
     exact = _check_decisions(case, plan, assignment, events)
     if case.act is not None and not exact:  # the oracle knows no product of an array by surprise
-        return check(dataclasses.replace(case, act=None), seed)
+        return _checked(dataclasses.replace(case, act=None), seed)
     again = jax.make_jaxpr(transform(case.fn))(tree, x, given)
     assert _text(after) == _text(again), "the same program twice gives two jaxprs"
     _check_effects(traced.jaxpr, after)
@@ -170,7 +190,8 @@ def check(case: Program, seed: int = 0) -> Outcome:
     base = 1e-10 if b.dtype == "float64" else 2e-3
     if b.rounding:  # to float32, or to bfloat16
         base = max(base, 1e-4 if b.rounding < 1e-6 else 0.25)
-    assert error <= base, f"differs by {error:.3g} of the largest value"
+    if not error <= base:
+        raise DiffersError(f"differs by {error:.3g} of the largest value")
     return Outcome(
         error,
         collections.Counter(primitives_of(traced.jaxpr)),
@@ -212,7 +233,7 @@ def _quantize(w: np.ndarray, plan: ParamPlan) -> tuple[QTensor, np.ndarray]:
         codes.reshape(w.shape).astype(np.int8), scale.reshape(shape), *parts,
         qtype="int8", dtype=w.dtype, act=plan.act,
     )  # fmt: skip
-    return weight, value
+    return weight.replace(act_ops=plan.act_ops), value
 
 
 def _values(weight: Any) -> np.ndarray:
