@@ -20,14 +20,14 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import get_qtype
 from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
-from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
+from jaxquant.pallas_kernels.problem import E2M1, STORAGE, MatmulProblem
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 
-# Any 16 values will do: what a lookup costs does not depend on them.
+# Any 16 values but E2M1's will do: what a lookup costs does not depend on them.
 _TABLE = tuple(i / 8 - 1 for i in range(16))
 
 
@@ -49,7 +49,8 @@ def ours(problem: dict[str, Any], config: dict[str, Any]) -> tuple[Any, Any, int
     for name in ("gate", "residual"):
         if getattr(p, name):
             arrays[name] = struct((p.m, p.n), jnp.dtype(p.out_dtype))
-    table = _TABLE if p.codes == "table4" else None
+    values = E2M1 if p.e2m1 else _TABLE
+    table = values if p.codes == "table4" else None
 
     def fn(arrays: dict[str, jax.Array]) -> jax.Array:
         return quantized_matmul(**arrays, problem=p, config=c, table=table)

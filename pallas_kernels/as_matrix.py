@@ -19,7 +19,7 @@ from jax import lax
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.blocks import spread_axis
 from jaxquant.pallas_kernels.dot_axes import DotAxes
-from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.problem import E2M1, PACKED, STORAGE, MatmulProblem, Unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,7 @@ def flatten(
         weight.zero_point,
         x_scale=act is not None,
         out_dtype=jnp.dtype(out_dtype).name,
+        e2m1=weight.table == E2M1,
     )
 
 

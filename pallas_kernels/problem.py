@@ -19,6 +19,9 @@ STORAGE = {
     "table4": ("int4", 4),
 }
 PACKED = ("int3", "int2")
+# The table of E2M1 floats (mxfp4, nvfp4) by code + 8: codes are their bits, as int4.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*(-v for v in _E2M1), *_E2M1)
 
 
 class Unsupported(ValueError):
@@ -42,6 +45,7 @@ class MatmulProblem:
       gate: whether the result is multiplied by silu of a second array.
       residual: whether an array is added last.
       out_dtype: dtype name of the result.
+      e2m1: the table of "table4" codes is `E2M1`.
     """
 
     m: int
@@ -56,6 +60,7 @@ class MatmulProblem:
     gate: bool = False
     residual: bool = False
     out_dtype: str = "bfloat16"
+    e2m1: bool = False
 
     def __post_init__(self) -> None:
         if self.codes not in STORAGE:

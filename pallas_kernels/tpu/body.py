@@ -14,16 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
-from jaxquant.pallas_kernels.tpu import reading
+from jaxquant.pallas_kernels.tpu import lookup, reading
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
-from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
+from jaxquant.pallas_kernels.tpu.reading import BITS, LANES, SHUFFLED
 
 Refs = dict[str, Any]
 
@@ -47,9 +48,9 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
         whole = c.operand.startswith("int") and c.scale == "end"
         shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
     rows = cut.count * cut.stack * c.bm
-    if c.reading == "bits" and c.scale == "before":
+    if c.reading in SHUFFLED and c.scale == "before":
         shapes["laid_out"] = pltpu.VMEM((c.bm, c.bk), jnp.dtype(c.operand))
-    elif c.reading == "bits" or cut.stack > 1:
+    elif c.reading in SHUFFLED or cut.stack > 1:
         shapes["laid_out"] = pltpu.VMEM((rows, cut.size), jnp.dtype(c.operand))
     if needs_sums(problem, c):
         shapes["sums"] = pltpu.VMEM((c.bm if c.scale == "end" else rows, LANES), jnp.float32)
@@ -166,8 +167,8 @@ def _prepare(
     Permuting columns and summing rows are one product on the matrix units, with a permutation
     beside columns of ones; the matrix units are idle while codes are being unpacked.
     """
-    bits, bm, size = config.reading == "bits", config.bm, cut.size
-    sides = [reading.permutation(problem.codes, size)] if bits else []
+    shuffled, bm, size = config.reading in SHUFFLED, config.bm, cut.size
+    sides = [reading.permutation(problem.codes, size)] if shuffled else []
     if "sums" in refs:
         sides += [_ones_of_group(cut, g) for g in range(cut.stack)]
     side = jnp.concatenate(sides, axis=1).astype(config.operand) if sides else None
@@ -179,7 +180,7 @@ def _prepare(
         x = y = jnp.concatenate(parts, axis=0)
         if side is not None:
             y = dot(x, side).astype(jnp.float32)
-        if bits:
+        if shuffled:
             x, y = y[:, :size].astype(config.operand), y[:, size:]
         for i, c in enumerate(chunks):
             own = slice(i * bm, (i + 1) * bm)
@@ -189,7 +190,7 @@ def _prepare(
             for g in range(cut.stack):
                 rows = pl.ds((c * cut.stack + g) * bm, bm)
                 if "laid_out" in refs:
-                    refs["laid_out"][rows, :] = _group_only(x[own], g, problem, cut, bits)
+                    refs["laid_out"][rows, :] = _group_only(x[own], g, problem, cut, shuffled)
                 if "sums" not in refs:
                     continue
                 sums = y[own, g * LANES : (g + 1) * LANES]
@@ -208,13 +209,13 @@ def _ones_of_group(cut: Chunks, group: int) -> jax.Array:
 
 
 def _group_only(
-    x: jax.Array, group: int, problem: MatmulProblem, cut: Chunks, bits: bool
+    x: jax.Array, group: int, problem: MatmulProblem, cut: Chunks, shuffled: bool
 ) -> jax.Array:
     """X with zeros outside one of the chunk's groups."""
     if cut.stack == 1:
         return x
     position = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    row = reading.source_row(problem.codes, position) if bits else position
+    row = reading.source_row(problem.codes, position) if shuffled else position
     mask = (row // problem.group == group).astype(jnp.float32)
     return (x.astype(jnp.float32) * mask).astype(x.dtype)
 
@@ -244,14 +245,19 @@ def _operand(
         strip = refs["words"].at[: config.bn // LANES * rows, :]
         return reading.operand_from_triples(strip, rows, chunk)
     start, size = chunk * cut.size, cut.size
-    if config.reading == "bits":
-        per_row = 1 if problem.codes == "int4" else 4
+    if config.reading in SHUFFLED:
+        per_row = 4 if problem.codes == "int2" else 1
         block = refs["codes"][start // per_row : (start + size) // per_row, :]
         words = reading.read_words(problem.codes, block)
-        return reading.operand_from_words(problem.codes, words, size // BITS[problem.codes].unit)
+        units = size // BITS[problem.codes].unit
+        if config.reading == "table":
+            return lookup.values_from_words(words, units, refs["table"])
+        if config.reading == "e2m1":
+            return lookup.e2m1_from_words(words, units)
+        return reading.operand_from_words(problem.codes, words, units)
     block = refs["codes"][start : start + size, :]
-    if config.reading == "gather":
-        return reading.look_up(block, refs["table"]).astype(config.operand)
+    if config.reading == "float4":
+        return lookup.converted(block)
     return block.astype(config.operand)
 
 
@@ -331,9 +337,6 @@ def _float_codes(
     """The codes of one chunk as float32 [size, bn], in the order of the reading."""
     if config.reading == "cast":
         return refs["codes"][chunk * cut.size : (chunk + 1) * cut.size, :].astype(jnp.float32)
-    if config.reading == "gather":
-        block = refs["codes"][chunk * cut.size : (chunk + 1) * cut.size, :]
-        return reading.look_up(block, refs["table"])
     return _operand(refs, problem, config, cut, chunk).astype(jnp.float32)
 
 
@@ -348,9 +351,13 @@ def _spread(
         at = chunk * size // problem.group
         return part[at : at + 1, :]
     own = part[chunk * groups : (chunk + 1) * groups, :]
-    if config.reading != "bits":
+    if config.reading not in SHUFFLED:
         spread = jnp.broadcast_to(own[:, None, :], (groups, problem.group, own.shape[1]))
         return spread.reshape(size, own.shape[1])
+    of_tiles = reading.source_row(problem.codes, np.arange(size)).reshape(-1, 8) // problem.group
+    if (of_tiles == of_tiles[:, :1]).all():  # each register of float32 has one scale a column
+        tiles = [jnp.broadcast_to(own[g : g + 1, :], (8, own.shape[1])) for g in of_tiles[:, 0]]
+        return jnp.concatenate(tiles, axis=0)
     row = lax.broadcasted_iota(jnp.int32, (size, own.shape[1]), 0)
     group = reading.source_row(problem.codes, row) // problem.group
     out = jnp.broadcast_to(own[:1, :], (size, own.shape[1]))

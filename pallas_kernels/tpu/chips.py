@@ -37,6 +37,8 @@ class Chip:
       mxu_dtypes: dtype names of operands the matrix units multiply natively (int4 and fp8 where
         that is no slower than bfloat16).
       has_bf16_vpu: vector arithmetic on bfloat16 without a detour through float32.
+      gathers_sublanes: vectors are picked from by sublane, for each lane its own.
+      converts_float4: the compiler converts float4_e2m1fn to bfloat16; others refuse the type.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Chip:
     hbm_bandwidth: float
     mxu_dtypes: tuple[str, ...]
     has_bf16_vpu: bool
+    gathers_sublanes: bool = True
+    converts_float4: bool = False
 
     @property
     def clock(self) -> float:
@@ -73,6 +77,7 @@ CHIPS: dict[str, Chip] = {
             1228 * _GIGA / 2,
             ("bfloat16",),
             False,
+            gathers_sublanes=False,
         ),
         Chip(
             "v5e",
@@ -121,6 +126,7 @@ CHIPS: dict[str, Chip] = {
             7380 * _GIGA / 2,
             ("bfloat16", "float8"),
             True,
+            converts_float4=True,
         ),
     )
 }

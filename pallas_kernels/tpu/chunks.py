@@ -11,7 +11,7 @@ import dataclasses
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
-from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
+from jaxquant.pallas_kernels.tpu.reading import BITS, LANES, SHUFFLED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Chunks:
           ValueError: the block cannot be cut so; the message says which sizes do not divide.
         """
         bk, group = config.bk, problem.group
-        if config.reading == "bits":
+        if config.reading in SHUFFLED:
             size = max(LANES, BITS[problem.codes].unit)
         elif config.scale == "after":
             size = min(group, bk) if group >= LANES or LANES % group or bk % LANES else LANES

@@ -17,9 +17,9 @@ from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
 ScaleTime = Literal["end", "after", "before"]
 # How codes become operands: "cast", XLA's conversion; "staged", the same, but where the weight is
 # scaled in float32 its codes go there by way of bfloat16, which holds them exactly; "bits", shifted
-# into the mantissa of bfloat16 numbers near 128, whose offset is subtracted from the sums;
-# "gather", out of a table.
-Reading = Literal["cast", "staged", "bits", "gather"]
+# into the mantissa of bfloat16 numbers near 128, whose offset is subtracted from the sums; "table",
+# "e2m1" and "float4", out of a table of 16 values (`tpu.lookup`).
+Reading = Literal["cast", "staged", "bits", "table", "e2m1", "float4"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,9 @@ class MatmulConfig:
         "float8_e4m3fn" or "float8_e5m2".
       vmem_limit_bytes: what the compiler may use.
       parallel: blocks are shared out among several cores (megacore).
+      stream: the kernel fetches its codes itself (`tpu.stream`): a block of rows, all of k a block,
+        whole blocks of columns, scales after. Of `tpu.matmul` alone: where rows are grouped by
+        expert, and for several weights at once, it has no effect.
     """
 
     bm: int
@@ -46,6 +49,7 @@ class MatmulConfig:
     operand: str = "bfloat16"
     vmem_limit_bytes: int = 16 * 2**20
     parallel: bool = False
+    stream: bool = False
 
 
 def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.lookup import E2M1_FACTOR
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
 
 
@@ -56,7 +57,9 @@ def scale_rows(
 ) -> jax.Array:
     """float32 scales of these rows [rows, bn], for operands as the reading leaves them."""
     scale = refs["scale"][rows, :].astype(jnp.float32)
-    step = BITS[problem.codes].step if config.reading == "bits" else 1
+    step = 1 / E2M1_FACTOR if config.reading == "e2m1" else 1
+    if config.reading == "bits":
+        step = BITS[problem.codes].step
     return scale * step if step != 1 else scale
 
 

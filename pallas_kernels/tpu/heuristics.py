@@ -40,6 +40,8 @@ _AFTER_COPIES = 64
 # as unpacking a weight and pushing it into the matrix units.
 _MOST_TILE_ROWS = 512
 _ROWS_WORTH_READING = 48
+# All of k is one block of few rows up to here: what is prepared for the rows is then so once.
+_MOST_DEPTH = 16384
 _STEP_BYTES = 2 * 2**20
 _MIB = 2**20
 
@@ -109,11 +111,6 @@ def choose_ragged_config(problem: RaggedProblem, chip: Chip) -> MatmulConfig:
 
 def _check_supported(problem: MatmulProblem) -> None:
     p = problem
-    if p.codes == "table4" and p.m <= DECODE_ROWS:
-        raise Unsupported(
-            f"a table lookup for {p.m} rows takes longer than bfloat16 weights; it pays from"
-            f" {DECODE_ROWS + 1} rows on"
-        )
     if p.groups > 1 and p.group % 32:
         raise Unsupported(f"groups of {p.group} are no multiple of 32")
     granule = _granule(p)
@@ -122,8 +119,11 @@ def _check_supported(problem: MatmulProblem) -> None:
             f"packed {p.codes} codes need k (now {p.k}) in multiples of {granule} and n (now"
             f" {p.n}) in multiples of {LANES}"
         )
-    if p.codes == "table4" and p.n % LANES:
-        raise Unsupported(f"table lookups need n (now {p.n}) in multiples of {LANES}")
+    if p.codes == "table4" and (p.k % LANES or (p.n % LANES and not p.e2m1)):
+        raise Unsupported(
+            f"4-bit tables need k (now {p.k}) in multiples of {LANES}, and n (now {p.n}) likewise"
+            " but for E2M1"
+        )
 
 
 def _operand(problem: MatmulProblem, chip: Chip) -> str:
@@ -152,7 +152,11 @@ def _scale_time(problem: MatmulProblem, chip: Chip, operand: str) -> ScaleTime:
 def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime) -> Reading:
     p = problem
     if p.codes == "table4":
-        return "gather"
+        if p.e2m1:
+            return "float4" if chip.converts_float4 else "e2m1"
+        if not chip.gathers_sublanes:
+            raise Unsupported(f"{chip.name} does not gather within registers, as tables need")
+        return "table"
     if p.codes in PACKED:
         return "bits"
     if scale == "before" and chip.has_bf16_vpu and p.codes in ("int4", "int8"):

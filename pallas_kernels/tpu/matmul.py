@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem
+from jaxquant.pallas_kernels.problem import E2M1, PACKED, STORAGE, MatmulProblem
 from jaxquant.pallas_kernels.tpu.body import matmul_body, scratch_shapes
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.lookup import TABLE_ROWS, table_rows
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
 _ORDER = ("x", "codes", "scale", "zero_point", "table", "x_scale", "bias", "gate", "residual")
@@ -140,7 +141,7 @@ def kernel_operands(
     for name in ("scale", "zero_point"):  # single rows are read anywhere: for 32-bit arrays only
         if arrays[name] is not None:
             arrays[name] = arrays[name].astype(jnp.float32)
-    arrays["table"] = None if table is None else _table_rows(table)
+    arrays["table"] = _table_operand(table, problem, config)
     _check(arrays, problem, (experts,) if experts else ())
     more = max(0, config.bm - problem.m)  # a block may have more rows than there are
     return {
@@ -186,7 +187,7 @@ def block_specs(
         "codes": of_weight(code_rows, depth),
         "scale": scales,
         "zero_point": scales,
-        "table": pl.BlockSpec((8, LANES), lambda *g: (0, 0)),
+        "table": pl.BlockSpec((TABLE_ROWS, LANES), lambda *g: (0, 0)),
         "x_scale": pl.BlockSpec((c.bm, 1), lambda *g: (rows(*g), 0)),
         "bias": pl.BlockSpec((1, c.bn), lambda *g: (0, columns(*g))),
         "gate": result,
@@ -202,7 +203,6 @@ def _check(given: dict[str, Any], problem: MatmulProblem, leading: tuple[int, ..
         "codes": (*leading, p.code_rows, p.n),
         "scale": (*leading, p.groups, p.n),
         "zero_point": (*leading, p.groups, p.n) if p.zero_point else None,
-        "table": (8, LANES) if p.codes == "table4" else None,
         "x_scale": (p.m, 1) if p.x_scale else None,
         "bias": (1, p.n) if p.bias else None,
         "gate": (p.m, p.n) if p.gate else None,
@@ -218,11 +218,19 @@ def _check(given: dict[str, Any], problem: MatmulProblem, leading: tuple[int, ..
             raise ValueError(f"{name} is {given[name].dtype}; the problem says {dtype}")
 
 
-def _table_rows(table: Sequence[float]) -> jax.Array:
-    if len(table) != 16:
-        raise ValueError(f"a table of 4-bit codes has 16 values, not {len(table)}")
-    row = jnp.pad(jnp.asarray(table, jnp.float32), (0, LANES - 16))
-    return jnp.broadcast_to(row, (8, LANES))
+def _table_operand(
+    table: Sequence[float] | None, problem: MatmulProblem, config: MatmulConfig
+) -> jax.Array | None:
+    """The table as its reading takes it; None where the reading knows the values."""
+    if (table is not None) != (problem.codes == "table4"):
+        raise ValueError(f"{problem.codes} codes: table is {table}")
+    if table is None:
+        return None
+    if config.reading == "table":
+        return table_rows(table)
+    if tuple(table) != E2M1:
+        raise ValueError(f"reading {config.reading!r} is for E2M1 values, not {table}")
+    return None
 
 
 def kernel_name(problem: MatmulProblem, config: MatmulConfig) -> str:

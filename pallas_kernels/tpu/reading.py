@@ -1,6 +1,6 @@
 """From stored codes to operands of the matrix units, inside a kernel.
 
-Used by the bodies in this package. Three ways:
+Used by the bodies in this package. Codes that count, in two ways (tables: `tpu.lookup`):
 
 * "cast": the compiler's own conversion.
 * "bits": four to eight shifts and masks turn one 32-bit word of codes into bfloat16 numbers
@@ -8,7 +8,6 @@ Used by the bodies in this package. Three ways:
   offset of 128 is left in and taken out of the sums, where it costs one product with the sum of
   x's row over the group. Words hold rows 8r .. 8r + 7 of a column, so the operand's rows come out
   in another order than stored; `source_row` says which, and x's columns follow suit.
-* "gather": a lookup of 16 values by lane.
 
 A `Layout` describes one way for one storage: rows come in units of `unit` codes.
 """
@@ -31,7 +30,7 @@ _OFFSET = 128.0
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How "bits" reads one storage.
+    """How the words of one storage are read.
 
     Attributes:
       unit: codes whose order is shuffled among themselves; 8 rows of 32-bit words.
@@ -40,8 +39,8 @@ class Layout:
     """
 
     unit: int
-    lowest: int
-    step: int
+    lowest: int = 0
+    step: int = 1
 
     @property
     def offset(self) -> float:
@@ -49,7 +48,14 @@ class Layout:
         return _OFFSET - self.lowest / self.step
 
 
-BITS = {"int4": Layout(64, -8, 1), "int2": Layout(128, -3, 2), "int3": Layout(256, -4, 1)}
+BITS = {
+    "int4": Layout(64, -8, 1),
+    "int2": Layout(128, -3, 2),
+    "int3": Layout(256, -4, 1),
+    "table4": Layout(64),
+}
+# Readings that take words apart: rows come out in the order of `source_row`.
+SHUFFLED = ("bits", "table", "e2m1")
 
 
 def source_row(codes: str, position: Any) -> Any:
@@ -57,7 +63,7 @@ def source_row(codes: str, position: Any) -> Any:
     unit = BITS[codes].unit
     start, p = (position // unit) * unit, position % unit
     plane, word, half = p // 16, (p % 16) // 2, p % 2
-    if codes == "int4":
+    if unit == 64:
         return start + 8 * word + 4 * half + plane
     if codes == "int2":
         return start + 16 * word + 8 * half + plane
@@ -68,7 +74,7 @@ def read_words(codes: str, block: jax.Array) -> jax.Array:
     """The block as 32-bit words, codes counted from the lowest one (int4: two's complement away).
 
     Args:
-      codes: "int4" or "int2".
+      codes: "int4", "int2", or "table4", whose bits stay as they are.
       block: [rows, bn] as stored.
 
     Returns:
@@ -120,13 +126,14 @@ def _three_bits(a: Any, b: Any, c: Any, start: int, to: int) -> jax.Array:
     """Bits start .. start + 2 of the 96-bit numbers (c, b, a), at bit `to` of the result."""
     words = (a, b, c)
     index, bit = divmod(start, 32)
-    field = _shifted(words[index], to - bit)
+    field = shifted(words[index], to - bit)
     if bit > 29:
-        field = field | _shifted(words[index + 1], to + 32 - bit)
+        field = field | shifted(words[index + 1], to + 32 - bit)
     return field & jnp.uint32(7 << to)
 
 
-def _shifted(word: jax.Array, left: int) -> jax.Array:
+def shifted(word: jax.Array, left: int) -> jax.Array:
+    """Words shifted to the left, or to the right by a negative number of bits."""
     if left >= 0:
         return word << jnp.uint32(left) if left else word
     return word >> jnp.uint32(-left)
@@ -135,26 +142,6 @@ def _shifted(word: jax.Array, left: int) -> jax.Array:
 def _to_bf16(pairs: jax.Array) -> jax.Array:
     """Two small numbers in the halves of each word become two rows of 128 + number."""
     return pltpu.bitcast(pairs | jnp.uint32(_MAGIC), jnp.bfloat16)
-
-
-def look_up(index: jax.Array, table_ref: Any) -> jax.Array:
-    """Values of 4-bit codes out of a table.
-
-    Args:
-      index: int4 codes [rows, bn], bn a multiple of 128; the table's entry is code + 8.
-      table_ref: float32 [8, 128]; each row starts with the 16 values.
-
-    Returns:
-      float32 [rows, bn].
-    """
-    rows, columns = index.shape
-    at = index.astype(jnp.int32) + 8
-    table = jnp.concatenate([table_ref[...]] * (rows // 8), axis=0)
-    parts = [
-        jnp.take_along_axis(table, at[:, c : c + LANES], axis=1, mode="promise_in_bounds")
-        for c in range(0, columns, LANES)
-    ]
-    return jnp.concatenate(parts, axis=1)
 
 
 def permutation(codes: str, width: int) -> jax.Array:

@@ -99,7 +99,7 @@ def _quantizer(problem: MatmulProblem, config: MatmulConfig) -> Any:
 
 
 def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
-    if problem.groups == 1 and problem.codes not in PACKED:
+    if problem.groups == 1 and problem.codes not in (*PACKED, "table4"):
         raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
     if problem.m > AFTER_ROWS and chip.mxu_dtypes == ("bfloat16",):
         raise Unsupported(

@@ -93,7 +93,11 @@ REFUSALS = [
     ({"weight": Weight("int1", (256, 128), (4, 128))}, "no kernel reads int1 codes"),
     ({"weight": Weight("int2", (256, 128), (4, 128), packed_axis=1)}, "packed along another axis"),
     ({"weight": Weight("int2", (256, 96), (4, 96), packed_axis=0)}, "n (now 96) in multiples"),
-    ({"weight": Weight("table4", (256, 128), (4, 128))}, "a table lookup for 8 rows"),
+    (
+        {"weight": Weight("table4", (256, 128), (4, 128)), "place": Place("tpu", "TPU v4")},
+        "v4 does not gather within registers",
+    ),
+    ({"weight": Weight("table4", (256, 96), (4, 96))}, "4-bit tables need k (now 256)"),
     ({"weight": Weight("int4", (128, 256), (128, 4)), "dims": (((1,), (1,)), ((), ()))}, "copied"),
     ({"x_shape": (0, 256)}, "empty"),
 ]

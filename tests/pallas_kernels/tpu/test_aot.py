@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from benchmarks.tpu_aot import Job, available, measure
-from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem
+from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem, Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config, choose_ragged_config
 
@@ -43,7 +43,10 @@ PROBLEMS = {
     "prefill w4a8": MatmulProblem(256, 512, 512, **W4A16, **INT8),
     "prefill w8a8": MatmulProblem(256, 512, 512, "int8", **INT8),
     "prefill w2a16": MatmulProblem(128 + 2, 256, 256, "int2", group=64),
+    "table": MatmulProblem(16, 512, 256, "table4", group=64),
+    "e2m1": MatmulProblem(16, 512, 256, "table4", group=32, e2m1=True),
     "prefill table": MatmulProblem(256, 256, 256, "table4", group=64),
+    "prefill e2m1": MatmulProblem(130, 256, 300, "table4", group=32, e2m1=True),
     "prefill ragged": MatmulProblem(130, 96, 300, "int4", group=32),
 }
 EXPERTS = {
@@ -57,13 +60,18 @@ EXPERTS = {
 
 @pytest.mark.parametrize("chip", sorted(CHIPS))
 def test_every_kernel_compiles(chip):
+    problems = dict(PROBLEMS)
+    if not CHIPS[chip].gathers_sublanes:
+        for name in ("table", "prefill table"):
+            with pytest.raises(Unsupported, match="does not gather within registers"):
+                choose_config(problems.pop(name), CHIPS[chip])
     jobs = [
         Job(
             name,
             "benchmarks.tpu_cases:chosen",
             {"problem": dataclasses.asdict(problem), "chip": chip},
         )
-        for name, problem in PROBLEMS.items()
+        for name, problem in problems.items()
     ]
     for name, problem in EXPERTS.items():
         arguments = {"product": dataclasses.asdict(problem), "experts": 4, "chip": chip}
@@ -84,7 +92,7 @@ def test_every_kernel_compiles(chip):
         jobs.append(Job(f"prefill {dtype}", "benchmarks.tpu_cases:quantize_in_front", rows))
     got = measure(jobs, chip, profile=False)
     assert {n: s.error for n, s in got.items() if s.error} == {}
-    configs = {n: choose_config(p, CHIPS[chip]) for n, p in PROBLEMS.items()}
+    configs = {n: choose_config(p, CHIPS[chip]) for n, p in problems.items()}
     for name, problem in EXPERTS.items():
         configs[name] = choose_ragged_config(RaggedProblem(problem, 4), CHIPS[chip])
     for name, config in configs.items():

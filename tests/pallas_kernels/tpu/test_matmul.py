@@ -45,6 +45,7 @@ def problems(draw):
         gate=draw(st.booleans()),
         residual=draw(st.booleans()),
         out_dtype="float32",
+        e2m1=codes == "table4" and draw(st.booleans()),
     )
 
 
@@ -83,8 +84,14 @@ ORDERS = [
     ("int2", 64, 256, "after", "bits"),
     ("int2", 32, 256, "before", "bits"),
     ("int2", 0, 256, "end", "bits"),
-    ("table4", 64, 256, "before", "gather"),
-    ("table4", 128, 256, "after", "gather"),
+    ("table4", 64, 256, "before", "table"),
+    ("table4", 128, 256, "after", "table"),
+    ("table4", 64, 256, "after", "table"),
+    ("table4", 32, 256, "before", "e2m1"),
+    ("table4", 32, 256, "after", "e2m1"),
+    ("table4", 0, 256, "end", "e2m1"),
+    ("table4", 32, 256, "before", "float4"),
+    ("table4", 32, 256, "after", "float4"),
     ("float8_e5m2", 0, 256, "end", "cast"),
 ]
 
@@ -97,6 +104,7 @@ def test_every_order_in_several_blocks(order):
         problem = MatmulProblem(
             20, 1024, 256, codes, "bfloat16", group, zero_point, out_dtype="float32"
         )
+        problem = dataclasses.replace(problem, e2m1=reading in ("e2m1", "float4"))
         check(problem, config)
 
 
