@@ -1,11 +1,12 @@
-"""Work on a GPU in a process that may hang or die: what was done before is kept, the rest goes on.
+"""Work on a GPU in a process that may hang or die: what was done is kept, and the rest goes on.
 
-Called by `benchmarks.gpu_check`, `gpu_tune` and `gpu`, whose kernels may never have run on a chip: a
-kernel can wait for ever, and one that reads where it may not takes the whole process' device with
-it. So the work is done by a child, piece by piece, and each piece is written to a `Journal` when
-it begins and when it ends. `supervise` watches the journal: where nothing is written for too long
-it kills the child, says so in the open piece's place, and starts another one, which does what is
-not in the journal yet. A later call with the same journal goes on where this one was stopped.
+Called by `benchmarks.gpu_check`, `gpu_tune` and `gpu`, whose kernels may never have run on a chip:
+a kernel can wait for ever, and one that reads where it may not takes the device of the whole
+process with it. So the work is done by a child, piece by piece, and each piece is written to a
+`Journal` when it begins and when it ends. `supervise` watches the journal: where nothing is written
+for too long it kills the child, says so in the open piece's place, and starts another one, which
+does what is not in the journal yet. A later call with the same journal goes on where this one was
+stopped.
 """
 
 from __future__ import annotations

@@ -122,11 +122,11 @@ def _spread(problem: MatmulProblem, config: GpuConfig, chip: Chip) -> GpuConfig:
     few = problem.m <= DECODE_ROWS
     tiles = -(-problem.m // config.bm) * -(-problem.n // config.tile_n)
     cluster = _cluster(problem, config, few)
-    parts = _parts(config.steps(problem), tiles, chip)
+    count = parts(config.steps(problem), tiles, chip)
     blocks = 0
-    if not few and parts == 1 and tiles > chip.multiprocessors:
+    if not few and count == 1 and tiles > chip.multiprocessors:
         blocks = chip.multiprocessors // cluster
-    return dataclasses.replace(config, split_k=parts, cluster=cluster, blocks=blocks)
+    return dataclasses.replace(config, split_k=count, cluster=cluster, blocks=blocks)
 
 
 def _operand(problem: MatmulProblem) -> str:
@@ -174,7 +174,13 @@ def _warpgroups(problem: MatmulProblem, few: bool) -> int:
 
 
 def _cluster(problem: MatmulProblem, config: GpuConfig, few: bool) -> int:
-    """Blocks that share loads of x: enough that x's bytes are half the weight's, if that goes."""
+    """Blocks that share loads of x: enough that x's bytes are half the weight's, if that goes.
+
+    None for many rows with groups of integers: that loader brings up to five arrays, and sharing
+    one takes more registers than it has.
+    """
+    if not few and config.scale == "after":
+        return 1
     x = config.bm * dtype_bytes(config.operand)
     weight = config.tile_n * STORAGE[problem.codes][1] / 8
     tiles = -(-problem.n // config.tile_n)
@@ -199,14 +205,20 @@ def _step(problem: MatmulProblem, scale: ScaleTime, wanted: int) -> int:
     return math.gcd(problem.group, wanted)
 
 
-def _parts(steps: int, tiles: int, chip: Chip) -> int:
-    """In how many parts k is summed: the fewest that keep the multiprocessors busy."""
+def parts(steps: int, tiles: int, chip: Chip) -> int:
+    """In how many parts k is summed: the fewest that keep the multiprocessors busy.
+
+    Args:
+      steps: that all of k takes.
+      tiles: of the result.
+      chip: where it runs.
+    """
     if tiles >= 2 * chip.multiprocessors:
         return 1
 
-    def busy(parts: int) -> float:
-        waves = tiles * parts / chip.multiprocessors
-        own_steps = steps / (math.ceil(steps / parts) * parts)
+    def busy(count: int) -> float:
+        waves = tiles * count / chip.multiprocessors
+        own_steps = steps / (math.ceil(steps / count) * count)
         return waves / math.ceil(waves) * own_steps
 
     allowed = range(1, max(1, min(_MOST_PARTS, steps // _LEAST_STEPS)) + 1)

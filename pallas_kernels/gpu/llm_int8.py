@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.pallas_kernels.gpu import select
+from jaxquant.pallas_kernels.gpu import select, tables
 from jaxquant.pallas_kernels.gpu.chips import Chip
 from jaxquant.pallas_kernels.gpu.config import GpuConfig, shared_bytes
 from jaxquant.pallas_kernels.gpu.heuristics import choose_config
@@ -110,7 +110,9 @@ def split_outliers(x: jax.Array, indices: jax.Array, mask: jax.Array) -> Split:
 def choose_outlier_config(
     m: int, k: int, n: int, chip: Chip, capacity: int = CAPACITY_UNIT, out_dtype: str = "bfloat16"
 ) -> GpuConfig:
-    """The config of `llm_int8_matmul` on a chip: the int8 product's, with room for outliers.
+    """The config of `llm_int8_matmul` on a chip: what was timed, or the int8 product's.
+
+    With room for outliers in both cases.
 
     Args:
       m: rows of x.
@@ -129,7 +131,9 @@ def choose_outlier_config(
     """
     _check_capacity(capacity, k)
     problem = integer_problem(m, k, n, out_dtype)
-    config = choose_config(problem, chip)
+    entry = tables.find(problem, chip, outliers=capacity)
+    timed = None if entry is None else entry.config
+    config = timed or choose_config(problem, chip)
     # The bfloat16 product follows the whole int8 one, and its blocks are brought once a tile.
     config = dataclasses.replace(config, split_k=1, blocks=0, cluster=1)
     own = 2 * capacity * (config.bm + config.tile_n)

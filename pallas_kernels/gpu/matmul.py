@@ -84,7 +84,7 @@ def quantized_matmul(
         total = total + sums[part]
     parts = {name: given[name] for name in epilogue.names(problem, config) if name in given}
     if "x_sums" in epilogue.names(problem, config):
-        parts["x_sums"] = _sums(given["x"], problem.k)
+        parts["x_sums"] = row_sums(given["x"], problem.k)
     return epilogue.finish(total, parts, problem, config)
 
 
@@ -115,10 +115,10 @@ def prepare_operands(
     if "x_scale" in at_end:
         arrays["x_scale"] = pad(given["x_scale"].reshape(1, -1), 1, block_rows)
     if "x_sums" in at_end:
-        arrays["x_sums"] = pad(_sums(given["x"], p.k).T, 1, block_rows)
+        arrays["x_sums"] = pad(row_sums(given["x"], p.k).T, 1, block_rows)
     if "x_sums" in streamed(p, c):
         size = c.chunk(p)
-        sums = _sums(pad(given["x"], block_rows, p.k), size).T.reshape(-1, c.bm)
+        sums = row_sums(pad(given["x"], block_rows, p.k), size).T.reshape(-1, c.bm)
         sums = pad(sums, sums.shape[0], sums_width(c))
         arrays["x_sums"] = sums.reshape(pl.cdiv(p.k, size), -1)
     return arrays
@@ -129,7 +129,7 @@ def padded(problem: MatmulProblem, config: GpuConfig) -> tuple[int, int]:
     return _up(problem.m, 8), _up(problem.n, config.bn)
 
 
-def _sums(x: jax.Array, size: int) -> jax.Array:
+def row_sums(x: jax.Array, size: int) -> jax.Array:
     """Float32 [m, chunks]: sums of x over chunks of so many columns."""
     m, k = x.shape
     wide = x.astype(jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32)

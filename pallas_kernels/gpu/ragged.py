@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxquant.pallas_kernels.gpu import reading_table
+from jaxquant.pallas_kernels.gpu import epilogue, reading_table, tables
 from jaxquant.pallas_kernels.gpu.body import (
     around_tile,
     bring_table,
@@ -35,13 +35,14 @@ from jaxquant.pallas_kernels.gpu.body import (
     streamed,
 )
 from jaxquant.pallas_kernels.gpu.chips import Chip
-from jaxquant.pallas_kernels.gpu.config import AXIS, GpuConfig
-from jaxquant.pallas_kernels.gpu.heuristics import at_most, choose_config
+from jaxquant.pallas_kernels.gpu.config import AXIS, GpuConfig, is_outside, out_dtype
+from jaxquant.pallas_kernels.gpu.heuristics import at_most, choose_config, parts
 from jaxquant.pallas_kernels.gpu.matmul import (
     check_operands,
     kernel_name,
     padded,
     prepare_operands,
+    row_sums,
 )
 from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem, Unsupported
 
@@ -100,10 +101,11 @@ def make_tiles(group_sizes: jax.Array, rows: int, bm: int) -> Tiles:
 
 
 def choose_ragged_config(problem: RaggedProblem, chip: Chip) -> GpuConfig:
-    """The config for rows grouped by expert: that of one expert's product.
+    """The config for rows grouped by expert: what was timed on the chip, else by one expert's.
 
     Which rows go where is not known; blocks are for twice the rows of even groups, so that most
-    experts are read once. Experts and columns are work enough without parts of k.
+    experts are read once. k is split where tiles of experts and columns are too few for the chip's
+    multiprocessors, as in decoding one sequence.
 
     Args:
       problem: all rows, and how many experts there are.
@@ -114,10 +116,18 @@ def choose_ragged_config(problem: RaggedProblem, chip: Chip) -> GpuConfig:
     """
     rows = min(problem.product.m, pl.cdiv(2 * problem.product.m, problem.experts))
     product = dataclasses.replace(problem.product, m=rows)
+    entry = tables.find(problem.product, chip, experts=problem.experts)
+    if entry is not None and entry.config is not None:
+        timed = at_most(product, entry.config, chip)
+        if timed is not None:
+            return timed
     config = dataclasses.replace(choose_config(product, chip), split_k=1, blocks=0, cluster=1)
+    tiles = most_tiles(problem.product.m, problem.experts, config.bm)
+    tiles *= pl.cdiv(product.n, config.tile_n)
+    config = dataclasses.replace(config, split_k=parts(config.steps(product), tiles, chip))
     fitting = at_most(product, config, chip)  # a part of k may have had fewer stages than it all
     if fitting is None:
-        raise Unsupported(f"no blocks of {product} with all of k fit {chip.name}'s shared memory")
+        raise Unsupported(f"no blocks of {product} fit {chip.name}'s shared memory")
     return fitting
 
 
@@ -145,7 +155,7 @@ def ragged_matmul(
       zero_point: None, or of the scale's shape, in code units.
       group_sizes: integers [experts].
       problem: shapes and dtypes; must agree with the arrays.
-      config: blocks and order of operations; its split_k and cluster are 1, its blocks 0.
+      config: blocks and order of operations; its cluster is 1, its blocks 0.
       x_scale: [m, 1], float32.
       table: the 16 values of "table4" codes.
       interpret: as for `gpu.matmul.quantized_matmul`.
@@ -160,8 +170,8 @@ def ragged_matmul(
     p, c, experts = problem.product, config, problem.experts
     if group_sizes.shape != (experts,):
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, for {experts} experts")
-    if (c.split_k, c.cluster, c.blocks) != (1, 1, 0):
-        raise ValueError(f"config must have split_k 1, cluster 1 and blocks 0: {c}")
+    if (c.cluster, c.blocks) != (1, 0):
+        raise ValueError(f"config must have cluster 1 and blocks 0: {c}")
     rows: dict[str, Any] = {
         "x": x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x,
         "x_scale": x_scale,
@@ -184,14 +194,51 @@ def ragged_matmul(
         return weight, arrays
 
     own, common = jax.vmap(prepare, out_axes=(0, None))(weight)
-    out = _run({"expert": tiles.expert, **own, **common}, tiled, c, experts, interpret)
-    return out[0, :, : p.n].at[tiles.place].get(mode="fill", fill_value=0)
+    sums = _run({"expert": tiles.expert, **own, **common}, tiled, c, experts, interpret)
+    sums = sums[:, :, : p.n]
+    out = _finish(sums, tiles, rows, weight, tiled, c) if is_outside(p, c) else sums[0]
+    return out.at[tiles.place].get(mode="fill", fill_value=0)
+
+
+def _finish(
+    sums: jax.Array,
+    tiles: Tiles,
+    rows: dict[str, Any],
+    weight: dict[str, Any],
+    problem: MatmulProblem,
+    config: GpuConfig,
+) -> jax.Array:
+    """Adds the parts of k [parts, tiles * bm, n] in order, and what the kernel would do at the end.
+
+    Args:
+      sums: of the kernel.
+      tiles: whose rows they are.
+      rows: arrays with a row for each of x.
+      weight: arrays of every expert.
+      problem: of the tiles.
+      config: of the kernel.
+    """
+    total = sums[0]
+    for part in range(1, config.split_k):
+        total = total + sums[part]
+    wanted = epilogue.names(problem, config)
+    given: dict[str, Any] = {}
+    owner = jnp.minimum(tiles.expert, weight["codes"].shape[0] - 1)
+    for name in set(wanted) & set(epilogue.OVER_COLUMNS):
+        given[name] = weight[name][owner]  # [tiles, 1, n]: one a column
+    if "x_scale" in wanted:
+        given["x_scale"] = rows["x_scale"][tiles.row].reshape(-1, config.bm, 1)
+    if "x_sums" in wanted:
+        sums_of_rows = row_sums(rows["x"], problem.k)[tiles.row]
+        given["x_sums"] = sums_of_rows.reshape(-1, config.bm, 1)
+    shape = (owner.shape[0], config.bm, problem.n)
+    return epilogue.finish(total.reshape(shape), given, problem, config).reshape(-1, problem.n)
 
 
 def _run(
     arrays: dict[str, Any], problem: MatmulProblem, config: GpuConfig, experts: int, interpret: Any
 ) -> jax.Array:
-    """The kernel: [1, tiles * bm, n and a little more]."""
+    """The kernel: [split_k, tiles * bm, n and a little more]."""
     p, c = problem, config
     scratch = scratch_types(p, c)
     names = (*arrays, "out", *scratch)
@@ -202,10 +249,10 @@ def _run(
     body.__name__ = f"ragged_{kernel_name(p, c)}"  # what profilers call the kernel
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((1, *padded(p, c)), jnp.dtype(p.out_dtype)),
+        out_type=jax.ShapeDtypeStruct((c.split_k, *padded(p, c)), jnp.dtype(out_dtype(p, c))),
         scratch_types=list(scratch.values()),
-        grid=(p.m // c.bm, pl.cdiv(p.n, c.tile_n)),
-        grid_names=("row", "column"),
+        grid=(p.m // c.bm, pl.cdiv(p.n, c.tile_n), c.split_k),
+        grid_names=("row", "column", "part"),
         num_threads=c.warpgroups + 1,
         thread_name=AXIS,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -218,13 +265,14 @@ def _body(
     refs: dict[str, Any], problem: MatmulProblem, config: GpuConfig, experts: int, interpret: bool
 ) -> None:
     """The tile of a thread block, if there is one."""
-    row, column = lax.axis_index("row"), lax.axis_index("column")
+    row = lax.axis_index("row")
+    place = row, lax.axis_index("column"), lax.axis_index("part")
     expert = refs["expert"][row]
     own = refs | {name: refs[name].at[expert] for name in _WEIGHT if name in refs}
     sources = [own[name] for name in streamed(problem, config)]
     step: Callable[..., Any] = functools.partial(multiply_step, own, problem, config, interpret)
-    around = functools.partial(around_tile, own, problem, config, (row, column, 0))
-    run = pipeline(problem, config, (row, column, 0), step, around)
+    around = functools.partial(around_tile, own, problem, config, place)
+    run = pipeline(problem, config, place, step, around)
 
     @functools.partial(
         pl.run_scoped, allocations=run.get_allocations(*sources), collective_axes=AXIS

@@ -51,12 +51,16 @@ def select_ragged(problem: RaggedProblem, device_kind: str, forced: bool) -> Ker
     Args:
       problem: the product.
       device_kind: of the device.
-      forced: of no influence: there is no figure for which XLA would be the better choice.
+      forced: a kernel is wanted also where XLA was faster; where nothing was timed, kernels are
+        taken: XLA's route writes every expert out in bfloat16.
 
     Raises:
-      Unsupported: none fits; says why.
+      Unsupported: none fits, or XLA was faster; says why.
     """
     chip, product = _chip(device_kind), problem.product
+    entry = tables.find(product, chip, experts=problem.experts)
+    if not forced:
+        _check_timed(entry, chip)
     # Imported here: with an older jax these modules cannot be.
     from jaxquant.pallas_kernels.gpu.quantize_rows import fits, quantize_rows
     from jaxquant.pallas_kernels.gpu.ragged import choose_ragged_config, ragged_matmul
@@ -64,8 +68,9 @@ def select_ragged(problem: RaggedProblem, device_kind: str, forced: bool) -> Ker
     config = choose_ragged_config(problem, chip)
     return Kernel(
         f"pallas gpu {chip.name}: {product.codes} experts, scale {_WHEN[config.scale]}",
-        f"{problem.experts} experts, {product.m} rows in tiles of {config.bm}: codes are read where"
-        " there are rows for them",
+        _timed(entry, chip)
+        or f"{problem.experts} experts, {product.m} rows in tiles of {config.bm}: codes are read"
+        " where there are rows for them",
         functools.partial(ragged_matmul, problem=problem, config=config),
         quantize_rows if fits(product.k) else None,
         k_minor=True,
@@ -93,22 +98,34 @@ def has_mosaic_gpu() -> bool:
 
 def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
     entry = tables.find(problem, chip)
+    _check_timed(entry, chip)
+    if entry is None and problem.groups == 1 and problem.codes not in PACKED:
+        raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
+
+
+def _check_timed(entry: tables.Entry | None, chip: Chip) -> None:
+    """Raises Unsupported where XLA was faster than every kernel."""
     if entry is not None and entry.config is None:
         raise Unsupported(
             f"timed on {chip.name} at {entry.m} x {entry.k} x {entry.n}: XLA takes"
             f" {entry.xla_microseconds:g} us, the best kernel {entry.microseconds:g}"
         )
-    if entry is None and problem.groups == 1 and problem.codes not in PACKED:
-        raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
+
+
+def _timed(entry: tables.Entry | None, chip: Chip) -> str:
+    """Why a kernel that was timed is the choice; "" where none was."""
+    if entry is None or entry.config is None:
+        return ""
+    return (
+        f"timed on {chip.name} at {entry.m} x {entry.k} x {entry.n}: {entry.microseconds:g}"
+        f" us, XLA takes {entry.xla_microseconds:g}"
+    )
 
 
 def _why(problem: MatmulProblem, chip: Chip) -> str:
-    entry = tables.find(problem, chip)
-    if entry is not None and entry.config is not None:
-        return (
-            f"timed on {chip.name} at {entry.m} x {entry.k} x {entry.n}: {entry.microseconds:g}"
-            f" us, XLA takes {entry.xla_microseconds:g}"
-        )
+    timed = _timed(tables.find(problem, chip), chip)
+    if timed:
+        return timed
     if problem.groups == 1:
         return f"one scale a column, {problem.codes} codes unpacked on the chip"
     return (

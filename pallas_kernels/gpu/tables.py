@@ -38,6 +38,8 @@ class Entry:
       x_dtype: as in `MatmulProblem`.
       group: contracted values that share a scale; 0 for a scale a column.
       zero_point: whether there are zero points.
+      experts: weights that rows are grouped by; 0 for a product with one weight.
+      outliers: columns of x in bfloat16 beside the int8 product (LLM.int8()'s capacity); else 0.
       k: contracted values.
       n: columns.
       m: rows of x; the entry serves fewer rows as well, down to the next entry.
@@ -50,6 +52,8 @@ class Entry:
     x_dtype: str
     group: int
     zero_point: bool
+    experts: int
+    outliers: int
     k: int
     n: int
     m: int
@@ -64,7 +68,8 @@ class Entry:
             for f in ("microseconds", "xla_microseconds")
             if not (math.isfinite(getattr(self, f)) and getattr(self, f) > 0)
         ]
-        wrong += ["group"] * (self.group < 0) + ["codes"] * (self.codes not in STORAGE)
+        wrong += [f for f in ("group", "experts", "outliers") if getattr(self, f) < 0]
+        wrong += ["codes"] * (self.codes not in STORAGE)
         if wrong:
             shown = ", ".join(f"{f} = {getattr(self, f)!r}" for f in wrong)
             raise ValueError(f"{shown} cannot be")
@@ -73,34 +78,58 @@ class Entry:
 
 
 def entry_of(
-    problem: MatmulProblem, config: GpuConfig, microseconds: float, xla_microseconds: float
+    problem: MatmulProblem,
+    config: GpuConfig,
+    microseconds: float,
+    xla_microseconds: float,
+    *,
+    experts: int = 0,
+    outliers: int = 0,
 ) -> Entry:
     """The entry for a product that was timed."""
     fastest = config if microseconds <= xla_microseconds else None
     times = float(microseconds), float(xla_microseconds)
-    return Entry(*_format(problem), problem.k, problem.n, problem.m, fastest, *times)
+    kind = *_format(problem), experts, outliers
+    return Entry(*kind, problem.k, problem.n, problem.m, fastest, *times)
 
 
-def find(problem: MatmulProblem, chip: Chip) -> Entry | None:
+def find(
+    problem: MatmulProblem, chip: Chip, *, experts: int = 0, outliers: int = 0
+) -> Entry | None:
     """The entry that serves a product on a chip, if its table has one.
 
-    Of the entries of the same format and of the shape that is nearest (k and n together within a
-    factor of two), the one with the fewest rows that are no fewer, else the one with most.
+    Of the entries of the same format and of the shape that is nearest (k, n and the experts
+    together within a factor of two), the one with the fewest rows that are no fewer, else the one
+    with most.
+
+    Args:
+      problem: the product; of all rows, if they are grouped by expert.
+      chip: where it runs.
+      experts: how many weights rows are grouped by, if they are.
+      outliers: LLM.int8()'s capacity, if the product is that.
 
     Raises:
       TableError: the chip's table is damaged.
     """
-    return nearest(problem, table(chip.name))
+    return nearest(problem, table(chip.name), experts=experts, outliers=outliers)
 
 
-def nearest(problem: MatmulProblem, entries: Sequence[Entry]) -> Entry | None:
+def nearest(
+    problem: MatmulProblem, entries: Sequence[Entry], *, experts: int = 0, outliers: int = 0
+) -> Entry | None:
     """`find` among given entries."""
-    same = [e for e in entries if (e.codes, e.x_dtype, e.group, e.zero_point) == _format(problem)]
+
+    def kind(e: Entry) -> Any:
+        return (e.codes, e.x_dtype, e.group, e.zero_point), e.experts > 0, e.outliers
+
+    wanted = _format(problem), experts > 0, outliers
+    same = [e for e in entries if kind(e) == wanted]
     if not same:
         return None
 
     def distance(entry: Entry) -> float:
-        return abs(math.log2(entry.k / problem.k)) + abs(math.log2(entry.n / problem.n))
+        pairs = (entry.k, problem.k), (entry.n, problem.n), (entry.experts, experts)
+        return sum(abs(math.log2(a / b)) for a, b in pairs if b)
 
     least = min(map(distance, same))
     if least > math.log2(_NEAR):

@@ -113,6 +113,11 @@ WAYS = {
         {"scale": "end", "reading": "direct", "operand": "int8"},
     ),
     "table": ({"codes": "table4", "group": 64}, {}),
+    "parts of k": ({"codes": "int4", "group": 64, "zero_point": True}, {"split_k": 2}),
+    "parts of integer sums": (
+        {"codes": "int8", "zero_point": True, **INT8},
+        {"scale": "end", "reading": "direct", "operand": "int8", "split_k": 3},
+    ),
     "w4a8 in groups": ({"codes": "int4", "group": 64, **INT8}, {"operand": "int8"}),
 }
 SIZES = {
@@ -177,8 +182,8 @@ def test_what_does_not_fit_is_said():
         call(codes=jax.ShapeDtypeStruct((3, 64, 128), jnp.int8))
     with pytest.raises(ValueError, match=r"codes has shape \(128, 64\); the problem says"):
         call(codes=jax.ShapeDtypeStruct((2, 128, 64), jnp.int8))
-    with pytest.raises(ValueError, match="must have split_k 1, cluster 1 and blocks 0"):
-        call(config=dataclasses.replace(config, split_k=2))
+    with pytest.raises(ValueError, match="must have cluster 1 and blocks 0"):
+        call(config=dataclasses.replace(config, cluster=2))
     with pytest.raises(Unsupported, match="groups of 16 are no multiple of 32"):
         choose_ragged_config(RaggedProblem(MatmulProblem(8, 128, 64, "int8", group=16), 2), H200)
 

@@ -8,15 +8,15 @@ import pytest
 from jaxquant.pallas_kernels.gpu import select, tables
 from jaxquant.pallas_kernels.gpu.chips import CHIPS
 from jaxquant.pallas_kernels.gpu.config import GpuConfig
-from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem, Unsupported
 
 CONFIG = GpuConfig(16, 64, 128, 4, 2, "after", "cast")
 PROBLEM = MatmulProblem(16, 4096, 4096, "int4", group=128)
 
 
-def entry(m=16, k=4096, n=4096, kernel=2.0, xla=6.0, config=CONFIG, **changes):
+def entry(m=16, k=4096, n=4096, kernel=2.0, xla=6.0, config=CONFIG, kind=None, **changes):
     problem = dataclasses.replace(PROBLEM, m=m, k=k, n=n, **changes)
-    return tables.entry_of(problem, config, kernel, xla)
+    return tables.entry_of(problem, config, kernel, xla, **kind or {})
 
 
 ENTRIES = (
@@ -26,11 +26,14 @@ ENTRIES = (
     entry(m=64, n=16384),
     entry(codes="int8", group=4096, m=8),
     entry(m=16, zero_point=True),
+    entry(m=128, k=2048, n=768, kind={"experts": 128}),
+    entry(m=16384, k=2048, n=768, kernel=9.0, kind={"experts": 128}),
+    entry(m=16, codes="int8", x_dtype="int8", group=4096, kind={"outliers": 64}),
 )
 
 
-def find(**changes):
-    return tables.nearest(dataclasses.replace(PROBLEM, **changes), ENTRIES)
+def find(kind=None, **changes):
+    return tables.nearest(dataclasses.replace(PROBLEM, **changes), ENTRIES, **kind or {})
 
 
 def test_rows_go_to_the_next_entry():
@@ -55,6 +58,17 @@ def test_formats_are_not_mixed():
     assert find(x_dtype="int8", x_scale=True) is None
 
 
+def test_experts_and_outliers_have_entries_of_their_own():
+    shape, many = {"k": 2048, "n": 768}, {"experts": 128}
+    assert find(**shape) is None
+    assert find(many, m=100, **shape).m == 128 and find(many, m=129, **shape).config is None
+    assert find({"experts": 64}, m=100, **shape).experts == 128
+    assert find({"experts": 16}, m=100, **shape) is None
+    integers = {"codes": "int8", "x_dtype": "int8", "group": 4096, "x_scale": True}
+    assert find(**integers) is None and find({"outliers": 128}, **integers) is None
+    assert find({"outliers": 64}, **integers).outliers == 64
+
+
 def test_a_table_is_read_as_it_was_written():
     text = tables.render(ENTRIES, "H200", {"jax": "0.12"})
     assert tables.parse(text, "here", "H200") == ENTRIES
@@ -76,10 +90,14 @@ DAMAGES = [
     (damaged(lambda d: d.update(extra=1)), "a table has exactly"),
     (damaged(lambda d: d.update(version=2)), "version 2; this jaxquant reads 1"),
     (damaged(lambda d: d.update(chip="H100")), "is of the chip 'H100', not 'H200'"),
-    (damaged(lambda d: d["entries"].append(3)), "entry 6: Entry has exactly the fields"),
+    (
+        damaged(lambda d: d["entries"].append(3)),
+        f"entry {len(ENTRIES)}: Entry has exactly the fields",
+    ),
     (damaged(lambda d: d["entries"][1].pop("m")), "entry 1: Entry has exactly"),
     (damaged(lambda d: d["entries"][1].update(m=True)), "entry 1: m must be of type int, not True"),
     (damaged(lambda d: d["entries"][1].update(m=0)), "entry 1: m = 0 cannot be"),
+    (damaged(lambda d: d["entries"][1].update(experts=-1)), "experts = -1 cannot be"),
     (damaged(lambda d: d["entries"][1].update(codes="int5")), "codes = 'int5' cannot be"),
     (damaged(lambda d: d["entries"][1].update(microseconds="1")), "microseconds must be of type"),
     (damaged(lambda d: d["entries"][1].update(microseconds=float("nan"))), "= nan cannot be"),
@@ -107,5 +125,8 @@ def test_the_tables_that_ship_are_sound():
 def test_what_was_timed_decides(monkeypatch):
     monkeypatch.setattr(select, "has_mosaic_gpu", lambda: True)
     monkeypatch.setattr(tables, "table", lambda chip: ENTRIES)
+    grouped = RaggedProblem(dataclasses.replace(PROBLEM, m=16384, k=2048, n=768), 128)
+    with pytest.raises(Unsupported, match="timed on H200 at 16384 x 2048 x 768: XLA takes 6 us"):
+        select.select_ragged(grouped, "NVIDIA H200", forced=False)
     with pytest.raises(Unsupported, match="timed on H200 at 2048 x 4096 x 4096: XLA takes 6 us"):
         select.select(dataclasses.replace(PROBLEM, m=2048), "NVIDIA H200", forced=False)
