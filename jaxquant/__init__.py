@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from jaxquant.core.remat_policy import as_dot_policy as as_dot_policy
     from jaxquant.core.schemes import ActScheme as ActScheme
     from jaxquant.core.schemes import WeightScheme as WeightScheme
+    from jaxquant.core.transforms import Rotate as Rotate
+    from jaxquant.core.transforms import Smooth as Smooth
     from jaxquant.evaluate.compare import compare as compare
     from jaxquant.evaluate.latency import LatencyOptions as LatencyOptions
     from jaxquant.evaluate.report import Report as Report
@@ -72,6 +74,8 @@ _EXPORTS = {
     "as_dot_policy": "jaxquant.core.remat_policy",
     "ActScheme": "jaxquant.core.schemes",
     "WeightScheme": "jaxquant.core.schemes",
+    "Rotate": "jaxquant.core.transforms",
+    "Smooth": "jaxquant.core.transforms",
     "compare": "jaxquant.evaluate.compare",
     "LatencyOptions": "jaxquant.evaluate.latency",
     "Report": "jaxquant.evaluate.report",

@@ -183,7 +183,7 @@ def shard_map_rule(ctx: Context, ins: list[Any]) -> list[Any]:
     params = ctx.params
     mesh, in_specs = params["mesh"], params["in_specs"]
     pairs = [
-        _weight_spec(x, spec, mesh) if is_weight(x) else (x, spec)
+        _weight_spec(ctx, x, spec, mesh) if is_weight(x) else (x, spec)
         for x, spec in zip(ins, in_specs, strict=True)
     ]
     args, specs = [p[0] for p in pairs], [p[1] for p in pairs]
@@ -198,13 +198,22 @@ def shard_map_rule(ctx: Context, ins: list[Any]) -> list[Any]:
     )(*args)  # fmt: skip
 
 
-def _weight_spec(weight: Weight, spec: PartitionSpec, mesh: Any) -> tuple[Weight, Any]:
-    """The weight, its scale blocks made fine enough to be split by ``spec``, and its specs."""
+def _weight_spec(
+    ctx: Context, weight: Weight, spec: PartitionSpec, mesh: Any
+) -> tuple[Any, Any]:
+    """The weight, its scale blocks made fine enough to be split by ``spec``, and its specs.
+
+    An array where its input is turned along an axis that would be split.
+    """
     value = weight.value
     if not isinstance(value, QTensor):
         return weight, spec
     shards = [placement.spec_axis_size(mesh, spec[i]) for i in range(len(spec))]
-    value = placement.refine_for_sharding(value, shards + [1] * (value.ndim - len(shards)))
+    shards += [1] * (value.ndim - len(shards))
+    if value.input_turn is not None and shards[value.input_turn.axis] > 1:
+        reason = "its input is turned along an axis of which each device has a part"
+        return ctx.float(weight, reason), spec
+    value = placement.refine_for_sharding(value, shards)
     weight = weight.replace(value=value)
     specs = jax.tree_util.tree_map(lambda p: placement.part_spec(p.shape, spec, mesh), weight)
     return weight, specs

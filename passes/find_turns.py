@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from jax.extend.core import primitives as jp
 
+from jaxquant.core.rotations import largest_hadamard
 from jaxquant.passes import rotation_rules as rotation_rules  # enters its rules
 from jaxquant.passes.channel_flow import ChannelGroup, parameter_group, weight_side
 from jaxquant.passes.channel_graph import Graph, Node, Value, build_graph
@@ -70,7 +71,13 @@ class FoundTurn:
 
 
 def find_turns(
-    program: Program, *, stream: bool, heads: bool, online: bool
+    program: Program,
+    *,
+    stream: bool,
+    heads: bool,
+    online: bool,
+    inputs: frozenset[str] | None = None,
+    fixed: frozenset[str] = frozenset(),
 ) -> tuple[tuple[FoundTurn, ...], tuple[str, ...]]:
     """All rotations of a float program.
 
@@ -79,25 +86,30 @@ def find_turns(
       stream: look for residual streams.
       heads: look for features that attention passes on.
       online: allow explicit operations, and rotate the inputs of all other weights by them.
+      inputs: paths of weights whose inputs may be rotated explicitly, in runs of sizes of which
+        there is a Hadamard matrix; nothing else is explicit then. None for what ``online`` says.
+      fixed: paths of parameters that must not change.
 
     Returns:
       The rotations, and one sentence for each thing that could not be rotated.
     """
-    finder = _Finder(program, online)
+    finder = _Finder(program, online, inputs, fixed)
     if stream:
         finder.streams()
     if heads:
         finder.heads()
-    if online:
+    if online or inputs:
         finder.inputs()
     return tuple(finder.found), tuple(finder.notes)
 
 
 class _Finder:
-    def __init__(self, program: Program, online: bool) -> None:
+    def __init__(
+        self, program: Program, online: bool, inputs: frozenset[str] | None, fixed: frozenset[str]
+    ) -> None:
         self.found: list[FoundTurn] = []
         self.notes: list[str] = []
-        self._program, self._online = program, online
+        self._program, self._online, self._inputs, self._fixed = program, online, inputs, fixed
         self._graph = build_graph(program)
 
     def streams(self) -> None:
@@ -138,7 +150,7 @@ class _Finder:
                     except Conflict:
                         continue
                     found = self._found("heads", spot.size, self._graph, turn, (), {})
-                    if len(found.absorbed) > 1 and not turn.gains and self._apart(found):
+                    if len(found.absorbed) > 1 and not turn.gains and not self._stuck(found):
                         self.found.append(found)
                         taken |= found.readers
 
@@ -146,7 +158,7 @@ class _Finder:
         done = {r for f in self.found for r in f.readers}
         for node in self._graph.nodes:
             side = weight_side(node)
-            if side is None or node.site in done:
+            if side is None or node.site in done or not self._may_be_explicit(node, side):
                 continue
             value = node.ins[1 - side]
             dims = contracted_axes(node, 1 - side)
@@ -155,17 +167,21 @@ class _Finder:
             dim = max(dims, key=lambda d: value.shape[d])
             readers = [
                 n for n in value.users
-                if weight_side(n) is not None and n.site not in done
-                and dim in contracted_axes(n, n.ins.index(value))
+                if n.site not in done and dim in _contracted(n, value)
+                and self._may_be_explicit(n, 1 - n.ins.index(value))
             ]  # fmt: skip
             done |= {n.site for n in readers}
-            if value.shape[dim] < 2:
+            channels = value.shape[dim]
+            size = channels if self._inputs is None else largest_hadamard(channels)
+            if size < 2:
+                why = f"no Hadamard matrix fits {channels} channels"
+                self.notes.append(f"{_names(node, side)}: its input is not rotated: {why}")
                 continue
             cuts = [
                 Cut("operand", n.site, n.ins.index(value), False, place_of(n)) for n in readers
             ]
             graph, behind = apply_cuts(build_graph(self._program), cuts)
-            spot = Spot(dim, value.shape[dim])
+            spot = Spot(dim, size)
             turn = Turn()
             try:
                 turn.run([(behind[c], spot) for c in cuts])
@@ -173,10 +189,14 @@ class _Finder:
                 self.notes.append(f"{_names(node, side)}: its input is not rotated: {why}")
                 continue
             found = self._found("input", spot.size, graph, turn, cuts, behind)
-            if turn.gains or not self._apart(found):
-                self.notes.append(f"{_names(node, side)}: rotated already, or behind a gain")
+            stuck = "there is a gain on the way" if turn.gains else self._stuck(found)
+            if stuck:
+                self.notes.append(f"{_names(node, side)}: its input is not rotated: {stuck}")
                 continue
             self.found.append(found)
+
+    def _may_be_explicit(self, node: Node, side: int) -> bool:
+        return self._inputs is None or node.ins[side].params <= self._inputs
 
     def _search(
         self, site: Site, spot: Spot, online: bool
@@ -203,7 +223,8 @@ class _Finder:
             if not why:
                 found = self._found("stream", spot.size, graph, turn, cuts, behind, gains)
                 good = bool(turn.joins) and bool(found.absorbed or found.explicit)
-                return turn, found if good and self._apart(found) else None, "nothing absorbs it"
+                stuck = self._stuck(found) if good else "nothing absorbs it"
+                return turn, None if stuck else found, stuck
             if not online or not new or len(cuts) > _MOST_CUTS:
                 return turn, None, why
             cuts += new
@@ -248,14 +269,26 @@ class _Finder:
             readers=frozenset(n.site for n in graph.nodes if _reads(turn, n)),
         )
 
-    def _apart(self, found: FoundTurn) -> bool:
-        """Whether no axis of a parameter is rotated a second time."""
+    def _stuck(self, found: FoundTurn) -> str:
+        """Why a rotation cannot be beside those before it, or ""."""
         taken = {(path, spot.dim) for f in self.found for path, spot, _ in f.absorbed}
-        return not taken & {(path, spot.dim) for path, spot, _ in found.absorbed}
+        twice = [path for path, spot, _ in found.absorbed if (path, spot.dim) in taken]
+        if twice:
+            return f"{twice[0]} is rotated already"
+        changed = {path for path, _, _ in found.absorbed}
+        for path, group in found.gains:
+            changed |= {path, *group.consumers, *(a.path for a in group.producers)}
+        kept = sorted(changed & self._fixed)
+        return f"{kept[0]} is to stay as it is" if kept else ""
 
 
 def _joinable(value: Value) -> bool:
     return value.is_float and value.from_input
+
+
+def _contracted(node: Node, value: Value) -> tuple[int, ...]:
+    """The axes of an input that a product with a weight sums over; none of any other operation."""
+    return () if weight_side(node) is None else tuple(contracted_axes(node, node.ins.index(value)))
 
 
 def _reads(turn: Turn, node: Node) -> bool:

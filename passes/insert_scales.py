@@ -111,17 +111,20 @@ class InsertScales(Pass):
 
 
 def _with_common_scales(inputs: list[Any]) -> list[Any]:
-    """The inputs, with one input scale for all weights of a group (`QTensor.input_group`)."""
+    """The inputs, with one input scale and factor for all weights of a `QTensor.input_group`."""
     weights = {value.path: value.value for value in inputs if is_weight(value)}
     result = list(inputs)
     for i, value in enumerate(inputs):
         if is_weight(value) and (group := value.value.input_group) is not None:
-            own = value.value.input_scale
             first = weights.get(group_first(value.path, group), value.value)
-            # Trees may be mixed: what is there may be of no group, or of another one.
-            if first.input_group == group and jax.typeof(first.input_scale) == jax.typeof(own):
-                own = first.input_scale
-            result[i] = value.replace(value=value.value.replace(input_scale=own, input_group=None))
+            own: dict[str, Any] = {"input_group": None}
+            for part in ("input_scale", "input_factor"):
+                mine, theirs = getattr(value.value, part), getattr(first, part)
+                # Trees may be mixed: what is there may be of no group, or of another one.
+                alike = mine is not None and theirs is not None
+                if alike and first.input_group == group and jax.typeof(theirs) == jax.typeof(mine):
+                    own[part] = theirs
+            result[i] = value.replace(value=value.value.replace(**own))
     return result
 
 

@@ -33,6 +33,7 @@ def make_plan(
     assignment: Assignment,
     notes: Sequence[str] = (),
     stored: Mapping[str, QTensor] | None = None,
+    inputs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Plan:
     """The plan of a program under a recipe, or of one whose weights are quantized already.
 
@@ -41,9 +42,11 @@ def make_plan(
       assignment: from `assign_recipe`, or `stored_assignment`.
       notes: remarks that the plan should carry.
       stored: the quantized weights by path; None for those that the assignment would make.
+      inputs: by path of a weight fields of its `QTensor` that say what is done to its input.
     """
     weights: Mapping[str, QTensor] = stored or {
-        p.path: abstract_weight(p, assignment.op_rules) for p in assignment.quantized
+        p.path: abstract_weight(p, assignment.op_rules).replace(**(inputs or {}).get(p.path, {}))
+        for p in assignment.quantized
     }
     events = _rewrite(program, weights, assignment.op_rules)
     sizes = {

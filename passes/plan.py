@@ -86,6 +86,26 @@ class ObserverSize:
 
 
 @dataclasses.dataclass(frozen=True)
+class TransformRow:
+    """What one transform of the recipe does to the input of some weights.
+
+    Attributes:
+      transform: "smooth" or "rotate".
+      weights: the weights that read the input.
+      status: "folded" into parameters; "multiply": an operation on the input at every call, stored
+        with the weights; "left" as it is; or "refused": `ptq` raises.
+      into: the other parameters that change.
+      reason: what makes that possible, or why it is not.
+    """
+
+    transform: str
+    weights: tuple[str, ...]
+    status: Literal["folded", "multiply", "left", "refused"]
+    into: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """All operations of a model under a recipe, in the order of the program.
 
@@ -94,12 +114,14 @@ class Plan:
       rows: the operations; parameters that none could use quantized come last.
       notes: remarks on the whole.
       observers: what calibration would take on the device, where that was asked for.
+      transforms: what the recipe's transforms do to the input of every weight that is multiplied.
     """
 
     recipe: str
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
     observers: tuple[ObserverSize, ...] = ()
+    transforms: tuple[TransformRow, ...] = ()
 
     @property
     def observer_bytes(self) -> int:
@@ -136,14 +158,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON-able mapping; tuples become lists."""
-        rows = [
-            {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(row).items()}
-            for row in self.rows
-        ]
         return {
             "recipe": self.recipe,
             "totals": self.totals,
-            "rows": rows,
+            "rows": [_plain(row) for row in self.rows],
+            "transforms": [_plain(row) for row in self.transforms],
             "notes": list(self.notes),
             "observers": [
                 {**dataclasses.asdict(size), "shape": list(size.shape)} for size in self.observers
@@ -156,6 +175,11 @@ class Plan:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from plan_view.parts(self)
+
+
+def _plain(row: PlanRow | TransformRow) -> dict[str, Any]:
+    fields = dataclasses.asdict(row)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
 def _sum(rows: list[PlanRow], name: str) -> int:

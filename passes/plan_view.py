@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from jaxquant.passes.plan import Plan, PlanRow
+    from jaxquant.passes.plan import Plan, PlanRow, TransformRow
 
 _WIDTH = 120
 _NAMED = 6
@@ -40,6 +40,8 @@ def parts(plan: Plan) -> Iterator[RenderableType]:
     quantized = [row for row in plan.rows if row.status != "float"]
     floats = [row for row in plan.rows if row.status == "float"]
     yield Text(_headline(plan))
+    if plan.transforms:
+        yield _transforms(plan)
     if quantized:
         yield _operations(quantized)
         yield _reasons(quantized)
@@ -75,6 +77,27 @@ def _headline(plan: Plan) -> str:
     whole = f"{format_bytes(t['bytes_before'])} to {format_bytes(t['bytes_after'])}"
     ops = ", ".join(f"{n} {status}" for status, n in t["ops"].items() if n)
     return f"{words}; whole model {whole}; ops: {ops or 'none'}"
+
+
+def _transforms(plan: Plan) -> Table:
+    """What is done to the inputs of weights before they are quantized; layers once."""
+    groups: dict[Any, list[TransformRow]] = {}
+    for row in plan.transforms:
+        key = (row.transform, row.status, _NUMBER.sub("#", f"{row.weights} {row.into}"), row.reason)
+        groups.setdefault(key, []).append(row)
+    table = _table("transform", "input of", "is", "why")
+    for (transform, status, _, _), rows in groups.items():
+        columns = zip(*(row.weights for row in rows), strict=True)
+        others = zip(*(row.into for row in rows), strict=True)
+        into = ", ".join(_name(names) for names in others)
+        style = {"folded": "green", "multiply": "green", "refused": "red"}.get(status, "dim")
+        table.add_row(
+            transform,
+            ", ".join(_name(names) for names in columns),
+            Text(f"folded into {into}" if into else status, style=style),
+            _short(rows[0].reason),
+        )
+    return table
 
 
 def _operations(rows: Sequence[PlanRow]) -> Table:

@@ -6,6 +6,8 @@ weight's own business (`QTensor.act`).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax.extend.core import primitives as jp
 from jaxquant.core import _compat, primitives
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.structure import Unstructured
+from jaxquant.core.turns import UnmetInputError
 from jaxquant.pallas_kernels.dot_axes import Side
 from jaxquant.passes.events import report_quantized
 from jaxquant.passes.interpreter import Context, Rule, Weight, is_weight, register
@@ -28,9 +31,10 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
     w, dims = rounding(weight.value, ctx, "dot_general"), ctx.params["dimension_numbers"]
     kept = ("precision", "preferred_element_type", "out_sharding")
     options = {name: ctx.params[name] for name in kept}
-    out = primitives.quantized_dot_general(x, w, dims, weight_side=side, **options)
+    with _input_met():
+        out = primitives.quantized_dot_general(x, w, dims, weight_side=side, **options)
     report_quantized(
-        ctx, weight, lambda: primitives.describe_lowering(x, w, dims, weight_side=side)
+        ctx, weight, lambda: _told(w, primitives.describe_lowering(x, w, dims, weight_side=side))
     )
     return [_as(out, ctx)]
 
@@ -39,8 +43,9 @@ def _dot_general(ctx: Context, ins: list[Any]) -> list[Any]:
 def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight = weight_on_the_right(ins, "the input of a convolution")
     w, dims = rounding(weight.value, ctx, "conv"), ctx.params["dimension_numbers"]
-    out = primitives.bind_conv(x, w, **ctx.params)
-    report_quantized(ctx, weight, lambda: primitives.describe_conv(w, dims))
+    with _input_met():
+        out = primitives.bind_conv(x, w, **ctx.params)
+    report_quantized(ctx, weight, lambda: _told(w, primitives.describe_conv(w, dims)))
     return [_as(out, ctx)]
 
 
@@ -48,11 +53,33 @@ def _conv(ctx: Context, ins: list[Any]) -> list[Any]:
 def _ragged_dot(ctx: Context, ins: list[Any]) -> list[Any]:
     x, weight, group_sizes = weight_on_the_right(ins, "the left side of a ragged dot")
     w = rounding(weight.value, ctx, "ragged_dot")
-    out = primitives.bind_ragged_dot(x, w, group_sizes, **ctx.params)
+    with _input_met():
+        out = primitives.bind_ragged_dot(x, w, group_sizes, **ctx.params)
     report_quantized(
-        ctx, weight, lambda: primitives.describe_ragged_dot(x, w, group_sizes, ctx.params)
+        ctx,
+        weight,
+        lambda: _told(w, primitives.describe_ragged_dot(x, w, group_sizes, ctx.params)),
     )
     return [_as(out, ctx)]
+
+
+@contextlib.contextmanager
+def _input_met() -> Iterator[None]:
+    """Where the input cannot be transformed as the weight wants, the weight is dequantized."""
+    try:
+        yield
+    except UnmetInputError as why:
+        raise Unstructured(str(why)) from why
+
+
+def _told(w: QTensor, lowering: tuple[str, str]) -> tuple[str, str]:
+    """Name and reason of a lowering, with what is done to the input first."""
+    name, reason = lowering
+    if w.input_factor is not None:
+        reason += "; the input is multiplied by stored factors first"
+    if w.input_turn is not None:
+        reason += f"; the input is turned first ({w.input_turn})"
+    return name, reason
 
 
 def dot_operands(ctx: Context, ins: list[Any]) -> tuple[Any, Weight, Side]:

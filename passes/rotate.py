@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core import _compat
+from jaxquant.core.rotations import Rotation, fixing_ones, hadamard, random_hadamard
 from jaxquant.passes import custom_derivatives as custom_derivatives  # enters its rules
 from jaxquant.passes.channel_flow import ChannelGroup
 from jaxquant.passes.control_flow import CONTROL
@@ -28,7 +30,6 @@ from jaxquant.passes.interpreter import Context, Interpreter, Site, Weight
 from jaxquant.passes.pass_manager import Pass, PassResult
 from jaxquant.passes.program import Program
 from jaxquant.passes.rotation_flow import Spot
-from jaxquant.passes.rotations import Rotation, fixing_ones, random_hadamard
 
 FACT = "parameter_rotations"
 Turned = tuple[FoundTurn, Rotation]
@@ -43,6 +44,10 @@ class Rotate(Pass):
       heads: rotate the features of value heads.
       online: allow explicit operations: where the stream cannot be rotated by parameters alone,
         and in front of all weights whose inputs are not rotated otherwise.
+      inputs: paths of weights in front of which explicit operations are allowed, and only there:
+        Hadamard matrices that follow from their size (`hadamard`), with random signs. None where
+        ``online`` decides.
+      fixed: paths of parameters that must stay as they are.
       seed: of the random signs and matrices.
 
     The fact "parameter_rotations" of the result says what is to become of the parameters.
@@ -52,6 +57,8 @@ class Rotate(Pass):
     heads: bool = True
     online: bool = False
     seed: int = 0
+    inputs: frozenset[str] | None = None
+    fixed: frozenset[str] = frozenset()
 
     name: ClassVar[str] = "rotate"
     requires: ClassVar[frozenset[str]] = frozenset({"float"})
@@ -62,24 +69,32 @@ class Rotate(Pass):
         """See `Pass.run`.
 
         Raises:
-          FoldError: there is no residual stream, or it cannot be rotated; with the obstacle.
+          FoldError: there is no residual stream, or it cannot be rotated; with the obstacle. Not
+            where ``inputs`` are given.
         """
         found, notes = find_turns(
-            program, stream=self.stream, heads=self.heads, online=self.online
-        )
-        if self.stream and not any(f.role == "stream" for f in found):
+            program, stream=self.stream, heads=self.heads, online=self.online,
+            inputs=self.inputs, fixed=self.fixed,
+        )  # fmt: skip
+        if self.stream and self.inputs is None and not any(f.role == "stream" for f in found):
             hint = "" if self.online else " (online=True allows explicit operations)"
             raise FoldError(f"{notes[0]}{hint}")
-        turned = tuple((f, self._matrix(f, number)) for number, f in enumerate(found))
+        turned = tuple((f, self._matrix(f)) for f in found)
         explicit = [(cut, spot, q) for f, q in turned for cut, spot in f.explicit]
         if explicit:
             program = _insert(program, explicit)
         notes = (*(f.proof().splitlines()[0] + _count(f) for f in found), *notes)
         return PassResult(program.with_facts(**{FACT: turned}), notes)
 
-    def _matrix(self, found: FoundTurn, number: int) -> Rotation:
+    def _matrix(self, found: FoundTurn) -> Rotation:
+        # Not by number: other calls of the function may have other rotations before this one.
+        name = min((path for path, _, _ in found.absorbed), default="")
+        seed = self.seed + zlib.crc32(f"{found.role} {name}".encode())
+        if found.role == "input" and self.inputs is not None:
+            signs = np.random.default_rng(seed).choice([-1.0, 1.0], found.size)
+            return Rotation(hadamard(found.size).factors, signs)
         make = fixing_ones if found.fixes_ones else random_hadamard
-        return make(found.size, self.seed + number)
+        return make(found.size, seed)
 
 
 def _count(found: FoundTurn) -> str:

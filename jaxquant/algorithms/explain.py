@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxquant.algorithms.planning import assign, require_quantized, stored_plan
+from jaxquant.algorithms.transforms.apply import explain_transforms
 from jaxquant.core.primitives.kernels import planned_for
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
@@ -88,7 +89,9 @@ def _plan(
         plan = stored_plan(program, program.flatten(tree, *rest, **kwargs), adapter.notes)
     else:
         program, assignment = assign(fn, tree, paths, (rest, kwargs), recipe or adapter.recipe)
-        plan = make_plan(program, assignment, adapter.notes)
+        done = explain_transforms(fn, tree, paths, (rest, kwargs), assignment)
+        plan = make_plan(program, assignment, adapter.notes, inputs=done.inputs)
+        plan = dataclasses.replace(plan, transforms=done.rows)
     if strict:
         require_quantized(plan)
     if observers is not None:

@@ -1,7 +1,8 @@
 """`jq.ptq`: post-training quantization of a whole model.
 
-Trace the float model, find its weights, let the recipe decide, calibrate what is static, quantize
-leaf by leaf. The steps are the passes' and the algorithms'; this file only puts them in order.
+Trace the float model, find its weights, let the recipe decide, transform the float weights as it
+says, calibrate what is static, quantize leaf by leaf. The steps are the passes' and the
+algorithms'; this file only puts them in order.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from jaxquant.algorithms.calibrate import batch_calls, chain
 from jaxquant.algorithms.planning import assign, require_quantized
 from jaxquant.algorithms.progress import track
 from jaxquant.algorithms.rtn import quantize_weight
+from jaxquant.algorithms.transforms.apply import (
+    explain_transforms,
+    refuse_transforms,
+    transform_model,
+)
 from jaxquant.core import placement
 from jaxquant.core.names import group_names
 from jaxquant.core.qtensor import QTensor, is_qtensor
@@ -46,8 +52,9 @@ def ptq(
         parameters may be `jax.ShapeDtypeStruct`s: then so are the results, and nothing is
         computed. Where ``calibration`` is given its first batch can be the example.
       recipe: a preset's name or a `Recipe`, in the place of the decorator's.
-      calibration: batches for static activation ranges: each is an array, a tuple of positional
-        arguments or a mapping of keyword arguments. Read once, one batch at a time.
+      calibration: batches for static activation ranges and for `Smooth`: each is an array, a tuple
+        of positional arguments or a mapping of keyword arguments. Read once, one batch at a time;
+        kept where the recipe has transforms.
       steps: scales that were trained (`jaxquant.qat`): taken as they are, in the place of those
         that the recipe's ranges and the calibration would give.
       progress: show a progress bar on a terminal.
@@ -57,12 +64,14 @@ def ptq(
 
     Returns:
       The variables (parameters, NNX module) with `QTensor`s in the place of the quantized
-      weights; everything else is the very object it was. Sharded weights stay sharded. Peak
-      memory is the float tree, the result, and about one layer.
+      weights; everything else is the very object it was, unless a transform of the recipe changed
+      it. Sharded weights stay sharded. Peak memory is the float tree, the result, and about one
+      layer; transforms hold the weights that they change twice.
 
     Raises:
       ValueError: a rule matches nothing, a group size does not divide, a weight is not finite, a
-        static range lacks calibration, or the tree is quantized already.
+        static range or `Smooth` lacks calibration, or the tree is quantized already.
+      FoldError: the recipe refuses what it cannot fold, or a transform changed the function.
     """
     adapter = describe(model)
     given, args = ((), args) if adapter.kind == "nnx" else (args[:1], args[1:])
@@ -70,22 +79,31 @@ def ptq(
     paths = adapter.param_paths(tree)
     leaves, treedef = jax.tree_util.tree_flatten(tree, is_leaf=is_qtensor)
     _refuse_quantized(paths, leaves)
+    chosen = adapter.recipe if recipe is None else get_recipe(recipe)
     calls = batch_calls(calibration, kwargs)
     first = next(calls, None)
     if calibration is not None and first is None:
         raise ValueError("calibration holds no batch; give at least one, or leave calibration out")
     example = (args, kwargs) if args or first is None else first
-    chosen = adapter.recipe if recipe is None else get_recipe(recipe)
+    batches = chain(first, calls)
     program, assignment = assign(fn, tree, paths, example, chosen)
     if strict:
-        require_quantized(make_plan(program, assignment))
+        would = explain_transforms(fn, tree, paths, example, assignment)
+        require_quantized(make_plan(program, assignment, inputs=would.inputs))
+    if steps is not None:
+        refuse_transforms(chosen, "ptq(steps=)")
+    if chosen.transforms:
+        batches = list(batches)  # read more than once
+    done = transform_model(fn, tree, paths, example, assignment, batches)
+    leaves = jax.tree_util.tree_leaves(done.tree)
     plans = {plan.path: plan for plan in assignment.quantized}
     if steps is None:
-        scales = static_ranges.input_scales(fn, tree, paths, chain(first, calls), assignment)
+        scales = static_ranges.input_scales(done.fn, done.tree, paths, batches, assignment)
     else:
         check_steps(steps, plans)
         scales = {path: own["input"] for path, own in steps.items() if "input" in own}
-    groups = group_names(static_ranges.input_groups(program, assignment, scales))
+    firsts = static_ranges.input_groups(program, assignment, scales, done.inputs_alike)
+    groups = group_names(firsts)
     trained = {path: own["weight"] for path, own in (steps or {}).items() if "weight" in own}
     todo = [(i, plans[path]) for i, path in enumerate(paths) if path in plans]
     for i, plan in track(todo, "quantizing", show=progress):
@@ -96,6 +114,7 @@ def ptq(
             op_rules=assignment.op_rules,
             contracted=plan.contracted,
             act_ops=plan.act_ops,
+            **done.inputs.get(plan.path, {}),
         ).validate(plan.path)
     return adapter.with_tree(jax.tree_util.tree_unflatten(treedef, leaves))
 

@@ -18,6 +18,7 @@ from jaxquant.algorithms import static_ranges
 from jaxquant.algorithms.calibrate import Call, batch_calls, chain
 from jaxquant.algorithms.planning import assign
 from jaxquant.algorithms.rtn import range_function
+from jaxquant.algorithms.transforms.apply import refuse_transforms
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.quantize_array import quantize_array
 from jaxquant.core.recipe import Recipe, get_recipe
@@ -144,6 +145,7 @@ class FakeQuantized:
             raise ValueError(
                 "qat trains float leaves, and this tree is quantized already: call the model itself"
             )
+        refuse_transforms(self.recipe, "qat")
         return assign(fn, tree, paths, example, self.recipe)
 
     def init_steps(

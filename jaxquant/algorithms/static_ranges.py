@@ -60,28 +60,36 @@ def input_scales(
 
 
 def input_groups(
-    program: Program, assignment: Assignment, scales: Mapping[str, Any]
+    program: Program,
+    assignment: Assignment,
+    scales: Mapping[str, Any],
+    factors: Mapping[str, Any],
 ) -> dict[str, str]:
-    """Names for the weights that read the same inputs and so have the same static scale.
+    """Names for the weights that read the same inputs and do the same to them.
 
     Args:
       program: the float program.
       assignment: what becomes of it.
       scales: the static scales by path.
+      factors: for weights with an input factor a key that is equal where the factors are.
 
     Returns:
-      Path to name; weights that are alone in having their scale have none. The name is the path of
+      Path to name; weights that are alone with their scale or factor have none. It is the path of
       the first weight of the group. That the scales are equal follows from the program; it is
       looked at all the same, since steps that were trained need not be.
     """
     groups: dict[str, str] = {}
-    if not scales:
+    if not scales and not factors:
         return groups
     for siblings in common_inputs(program, assignment.uses):
-        left = [path for path in siblings if path in scales]
+        left = [path for path in siblings if path in scales or path in factors]
         while len(left) > 1:
             first, *rest = left
-            same = [path for path in rest if _equal(scales[first], scales[path])]
+            same = [
+                path for path in rest
+                if _equal(scales.get(first), scales.get(path))
+                and factors.get(first) == factors.get(path)
+            ]  # fmt: skip
             if same:
                 groups.update(dict.fromkeys([first, *same], first))
             left = [path for path in rest if path not in same]
@@ -89,6 +97,8 @@ def input_groups(
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in (a, b)):

@@ -47,7 +47,7 @@ def check_codes(w: QTensor, name: str) -> None:
 
 
 def check_scales(w: QTensor, name: str) -> None:
-    """Invariants 3 to 8: shapes and dtypes of scale, zero point and input scale; the op's axes."""
+    """Invariants 3 to 10: shapes and dtypes of the parts besides codes; the op's axes and turn."""
     shape = w.shape
     scale_shape = tuple(w.scale.shape)
     if len(scale_shape) != len(shape) or any(
@@ -77,15 +77,28 @@ def check_scales(w: QTensor, name: str) -> None:
         ("dtype", w.dtype),
         ("scale", w.scale.dtype),
         ("input_scale", None if w.input_scale is None else w.input_scale.dtype),
+        ("input_factor", None if w.input_factor is None else w.input_factor.dtype),
     ):
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{name}: invariant 6: {part} must be floating, not {dtype}")
-    if w.input_group is not None and w.input_scale is None:
-        raise ValueError(f"{name}: invariant 7: input_group {w.input_group!r} without input_scale")
+    if w.input_group is not None and w.input_scale is None and w.input_factor is None:
+        raise ValueError(
+            f"{name}: invariant 7: input_group {w.input_group!r} without input_scale or "
+            "input_factor"
+        )
     axes = w.contracted or ()
     if len(set(axes)) < len(axes) or not all(-len(shape) <= axis < 0 for axis in axes):
         raise ValueError(
             f"{name}: invariant 8: contracted {axes} must be different axes in [-{len(shape)}, -1]"
         )
+    if w.input_factor is not None:
+        given = tuple(w.input_factor.shape)
+        divides = all(s >= 1 and n % s == 0 for n, s in zip(shape, given, strict=False))
+        if len(given) != len(shape) or not divides:
+            raise ValueError(
+                f"{name}: invariant 9: input_factor shape {given} does not divide shape {shape}"
+            )
+    if w.input_turn is not None and (wrong := w.input_turn.check(shape)):
+        raise ValueError(f"{name}: invariant 10: input_turn: {wrong}")
     if isinstance(w.scale, type(w)):
         w.scale.validate(f"{name}.scale")

@@ -101,8 +101,9 @@ def refine_for_sharding(weight: QTensor, shards: Sequence[int]) -> QTensor:
     scale = weight.scale.dequantize() if isinstance(weight.scale, QTensor) and any(
         n > 1 and n % c for n, c in zip(weight.scale.shape, shards, strict=True)
     ) else weight.scale  # fmt: skip
-    zero = weight.zero_point
+    zero, factor = weight.zero_point, weight.input_factor
     return weight.replace(
         scale=jax.tree_util.tree_map(refine, scale),
         zero_point=None if zero is None else refine(zero),
+        input_factor=None if factor is None else refine(factor),
     )

@@ -26,12 +26,13 @@ from jaxquant.core.codes import code_values
 from jaxquant.core.invariants import check_codes, check_scales
 from jaxquant.core.layout import MeshLayout
 from jaxquant.core.qtypes import QType, get_qtype
+from jaxquant.core.turns import InputTurn, weight_of
 from jaxquant.pallas_kernels import packing
 
-_DATA_FIELDS = ("codes", "scale", "zero_point", "input_scale")
+_DATA_FIELDS = ("codes", "scale", "zero_point", "input_scale", "input_factor")
 _STATIC_FIELDS = (
     "qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules", "input_group",
-    "contracted", "prepared", "mesh_layout", "act_ops",
+    "contracted", "prepared", "mesh_layout", "act_ops", "input_turn",
 )  # fmt: skip
 _NO_ARITHMETIC = (
     "a QTensor holds quantized codes and does no arithmetic ({what}). Decorate the module with"
@@ -44,6 +45,9 @@ _NO_ARITHMETIC = (
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
     """A quantized array: `w = (value(codes) - zero_point) * scale`, blockwise.
+
+    With an input factor or turn that is not w but what the op's transformed input is multiplied
+    with, see `jaxquant.core.turns`: `dequantize` gives w all the same.
 
     The constructor and unflattening check nothing, since JAX puts tracers, shardings and other
     objects into the leaves; `make_qtensor` builds a validated one.
@@ -66,8 +70,9 @@ class QTensor:
         well ("dot_general", "conv", "ragged_dot"), or None for all of its products (static).
       op_rules: rules for weightless operations that are saved with the tree (static, opaque).
       input_group: None, or the way from this weight to the first of those of the tree whose
-        `input_scale` is the same array, because they read the same input: "../../q/kernel", see
-        `names.group_names` (static). Whoever gives a weight another `input_scale` takes it away.
+        `input_scale` and `input_factor` are the same arrays, because they read the same input:
+        "../../q/kernel", see `names.group_names` (static). Whoever gives a weight others takes it
+        away.
       contracted: negative axes that the matrix product of the weight sums over, () for an op that
         is none, or None where that is not known (static). Nothing is computed from it: it says how
         to lay codes out for a platform.
@@ -75,6 +80,10 @@ class QTensor:
         saved). See `jaxquant.core.prepared`; no value and no shape depends on it.
       mesh_layout: how the weight lies on an automatic mesh, a `jaxquant.core.layout.MeshLayout`,
         or None where that is not recorded (static, not saved). No value depends on it.
+      input_factor: None, or what the op multiplies its input with before anything else: floats of
+        the rank of codes, every size divides the logical size of its axis.
+      input_turn: None, or the Hadamard matrix that it multiplies its input with then, an
+        `InputTurn` (static).
     """
 
     codes: Any
@@ -92,6 +101,8 @@ class QTensor:
     prepared: str | None = None
     mesh_layout: MeshLayout | None = None
     act_ops: tuple[str, ...] | None = None
+    input_factor: Any = None
+    input_turn: InputTurn | None = None
 
     # -- pytree ------------------------------------------------------------------------------
 
@@ -109,7 +120,8 @@ class QTensor:
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> QTensor:
         """Rebuilds without validating: children may be any objects."""
-        return cls(*children, *static)
+        named = dict(zip((*_DATA_FIELDS, *_STATIC_FIELDS), (*children, *static), strict=True))
+        return cls(**named)
 
     # -- what it stands for --------------------------------------------------------------------
 
@@ -169,7 +181,8 @@ class QTensor:
         values = code_values(self.unpacked_codes(), self.qtype, compute)
         if self.zero_point is not None:
             values = values - broadcast_blocks(self.zero_point.astype(compute), self.shape)
-        return (values * broadcast_blocks(scale.astype(compute), self.shape)).astype(self.dtype)
+        values = values * broadcast_blocks(scale.astype(compute), self.shape)
+        return weight_of(values, self.input_factor, self.input_turn).astype(self.dtype)
 
     def unpacked_codes(self) -> jax.Array:
         """Codes of the logical shape: bit-packed ones as int8, others as they are stored."""
@@ -193,10 +206,12 @@ class QTensor:
         3. scale has the rank of codes and each of its sizes divides the logical size.
         4. zero_point is None or has the scale's shape, and only integer qtypes have one.
         5. input_scale is None or has the rank of codes and sizes 1 or the logical size.
-        6. dtype, the scale's dtype and input_scale's dtype are floating; a scale that is a
-           QTensor is valid itself.
-        7. input_group is None where there is no input_scale.
+        6. dtype and the dtypes of scale, input_scale and input_factor are floating; a scale that
+           is a QTensor is valid itself.
+        7. input_group is None where there is neither input_scale nor input_factor.
         8. contracted is None, or has different negative axes of the weight.
+        9. input_factor is None or has the rank of codes and sizes that divide the logical ones.
+        10. input_turn is None, or its runs fill an axis and there is a matrix of their size.
 
         Raises:
           ValueError: names the invariant, the part and both sides of the mismatch.
@@ -230,9 +245,11 @@ class QTensor:
             size = f"{self.nbytes:,} bytes"
         except (AttributeError, TypeError, ValueError):  # leaves are not arrays
             return f"QTensor({self.qtype.name}, codes={self.codes!r}, scale={self.scale!r})"
-        for name in ("zero_point", "input_scale"):
+        for name in ("zero_point", "input_scale", "input_factor"):
             if getattr(self, name) is not None:
                 parts.append(f"{name} {_describe(getattr(self, name))}")
+        if self.input_turn is not None:
+            parts.append(f"input turned by {self.input_turn}")
         if self.packed_axis is not None:
             parts.append(f"packed along {self.packed_axis}")
         if self.act is not None:

@@ -17,13 +17,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from jaxquant.core.schemes import ActScheme, WeightScheme, check_type, checked_fields
+from jaxquant.core.transforms import (
+    Rotate,
+    Smooth,
+    Transform,
+    transform_from_json,
+    transform_to_json,
+)
 
 __all__ = [
     "OP_KINDS",
     "PRESETS",
     "ActScheme",
     "Recipe",
+    "Rotate",
     "Rule",
+    "Smooth",
     "WeightScheme",
     "get_recipe",
 ]
@@ -55,6 +64,8 @@ class Rule:
       act: what is done with the op's input, or None to leave it float.
       skip: True to leave the matching ops float.
       optional: True if it is fine that no op of the model matches; else that is an error.
+      transforms: False to keep what the matching ops read as it is: the recipe's transforms leave
+        them alone.
     """
 
     path: str = "**"
@@ -63,9 +74,11 @@ class Rule:
     act: ActScheme | None = None
     skip: bool = False
     optional: bool = False
+    transforms: bool = True
 
     def __post_init__(self) -> None:
         check_type("path", self.path, str)
+        check_type("transforms", self.transforms, bool)
         check_type("op", self.op, str, optional=True)
         check_type("weight", self.weight, WeightScheme, optional=True)
         check_type("act", self.act, ActScheme, optional=True)
@@ -116,6 +129,8 @@ class Rule:
             words.append(f"weight={self.weight}")
         if self.act is not None:
             words.append(f"act={self.act}")
+        if not self.transforms:
+            words.append("transforms=False")
         return f"Rule({', '.join(words)})"
 
     def to_json(self) -> dict[str, Any]:
@@ -140,10 +155,12 @@ class Recipe:
     Attributes:
       name: shown in plans and reports, stored in checkpoints.
       rules: the rules, most specific first.
+      transforms: what is done to the float model first, in this order: `Smooth`, `Rotate`.
     """
 
     name: str
     rules: tuple[Rule, ...]
+    transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
         check_type("name", self.name, str)
@@ -151,6 +168,16 @@ class Recipe:
         object.__setattr__(self, "rules", tuple(self.rules))
         for number, rule in enumerate(self.rules):
             check_type(f"rules[{number}]", rule, Rule)
+        check_type("transforms", self.transforms, Iterable)
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+        for number, transform in enumerate(self.transforms):
+            if not isinstance(transform, Transform):
+                raise TypeError(f"transforms[{number}]= takes Smooth or Rotate, not {transform!r}")
+
+    def with_transforms(self, *transforms: Transform, name: str | None = None) -> Recipe:
+        """This recipe with these transforms in the place of its own; none for none."""
+        kinds = "".join(f"+{transform.kind}" for transform in transforms)
+        return Recipe(name or f"{self.name}{kinds or '-transforms'}", self.rules, transforms)
 
     def with_rules(self, *rules: Rule, name: str | None = None) -> Recipe:
         """This recipe with `rules` in front, so that they decide before its own.
@@ -158,11 +185,15 @@ class Recipe:
         The rules that were there become optional: the new ones may leave them nothing to match.
         """
         old = tuple(dataclasses.replace(rule, optional=True) for rule in self.rules)
-        return Recipe(name or f"{self.name}+{len(rules)}", (*rules, *old))
+        return Recipe(name or f"{self.name}+{len(rules)}", (*rules, *old), self.transforms)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON-able mapping."""
-        return {"name": self.name, "rules": [rule.to_json() for rule in self.rules]}
+        return {
+            "name": self.name,
+            "rules": [rule.to_json() for rule in self.rules],
+            "transforms": [transform_to_json(transform) for transform in self.transforms],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> Recipe:
@@ -175,7 +206,11 @@ class Recipe:
         if not isinstance(data, Mapping) or not {"name", "rules"} <= set(data):
             raise ValueError("a stored recipe is a JSON object with the fields 'name' and 'rules'")
         fields = checked_fields(cls, data)
-        return cls(fields["name"], tuple(Rule.from_json(rule) for rule in fields["rules"]))
+        return cls(
+            fields["name"],
+            tuple(Rule.from_json(rule) for rule in fields["rules"]),
+            tuple(transform_from_json(each) for each in fields.get("transforms", ())),
+        )
 
 
 def get_recipe(recipe: str | Recipe | None) -> Recipe:
@@ -258,7 +293,11 @@ def _presets() -> dict[str, Recipe]:
         "w2a16": _preset(WeightScheme("int2", group_size=64, range="mse"), embed=rows),
         "w1a16": _preset(WeightScheme("int1", group_size=64), embed=rows),
     }
-    return {name: Recipe(name, rules) for name, rules in table.items()}
+    recipes = {name: Recipe(name, rules) for name, rules in table.items()}
+    transformed = {"w8a8_smooth": Smooth(), "w8a8_rotated": Rotate(unfoldable="multiply")}
+    for name, transform in transformed.items():
+        recipes[name] = recipes["w8a8"].with_transforms(transform, name=name)
+    return recipes
 
 
 PRESETS: dict[str, Recipe] = _presets()

@@ -15,10 +15,13 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QType, get_qtype
 from jaxquant.core.recipe import ActScheme, Rule
+from jaxquant.core.schemes import checked_fields
+from jaxquant.core.turns import InputTurn
 from jaxquant.io.containers import Decoder, Encoder, Node, Place, register
 from jaxquant.io.manifest import DTYPES, CheckpointError, take
 
-PARTS = ("codes", "scale", "zero_point", "input_scale")
+PARTS = ("codes", "scale", "zero_point", "input_scale", "input_factor")
+_OPTIONAL = PARTS[2:]
 _PART_KINDS = ("array", "qtensor", "None")
 
 
@@ -53,6 +56,7 @@ class QTensorCodec:
             "op_rules": encoder.op_rules.index(rules),
             "input_group": value.input_group,
             "contracted": None if value.contracted is None else list(value.contracted),
+            "input_turn": _turn_to_json(value.input_turn),
         }
         for part in PARTS:
             node[part] = encoder.encode(getattr(value, part), place.child(part))
@@ -69,6 +73,7 @@ class QTensorCodec:
             "packed_length": take(node, "packed_length", (int, type(None)), where),
         }
         # Checkpoints of format 1 that were written before there were such fields lack them.
+        node = {"input_turn": None, "input_factor": {"kind": "None"}, **node}
         group = take({"input_group": None, **node}, "input_group", (str, type(None)), where)
         ops = take({"act_ops": None, **node}, "act_ops", (list, type(None)), where)
         if ops is not None and not all(isinstance(op, str) for op in ops):
@@ -87,13 +92,13 @@ class QTensorCodec:
         for part in PARTS:
             child = take(node, part, dict, where)
             if child.get("kind") not in _PART_KINDS or (
-                child["kind"] == "None" and part in ("codes", "scale")
+                child["kind"] == "None" and part not in _OPTIONAL
             ):
                 raise CheckpointError(f"{where}: {part} is a {child.get('kind')!r}")
             parts.append(decoder.decode(child, place.child(part)))
         try:
             act = None if static["act"] is None else ActScheme.from_json(static["act"])
-            codes, scale, zero_point, input_scale = parts
+            codes, scale, zero_point, input_scale, input_factor = parts
             tensor = QTensor(
                 codes,
                 scale,
@@ -108,6 +113,8 @@ class QTensorCodec:
                 group,
                 None if axes is None else tuple(axes),
                 act_ops=None if ops is None else tuple(ops),
+                input_factor=input_factor,
+                input_turn=_turn_from_json(node["input_turn"]),
             ).validate("QTensor")
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: {error}") from error
@@ -117,6 +124,23 @@ class QTensorCodec:
                 f" {node['shape']}"
             )
         return tensor
+
+
+def _turn_to_json(turn: InputTurn | None) -> dict[str, int] | None:
+    return None if turn is None else dataclasses.asdict(turn)
+
+
+def _turn_from_json(data: Any) -> InputTurn | None:
+    """The inverse of `_turn_to_json`.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if data is None:
+        return None
+    if not isinstance(data, dict) or not all(type(value) is int for value in data.values()):
+        raise ValueError(f"malformed input_turn: {data!r}")
+    return InputTurn(**checked_fields(InputTurn, data))
 
 
 def definition(qtype: QType) -> dict[str, Any]:

@@ -8,9 +8,10 @@ is found by `jaxquant.passes.find_turns`, not by names.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from jaxquant.algorithms.transforms.subject import Subject, split_arguments
+from jaxquant.algorithms.transforms.subject import split_arguments, subject_of, with_pass
 from jaxquant.passes.rotate import FACT, Rotate, rotate_parameters
 
 
@@ -38,7 +39,7 @@ def rotate(
         weights, such as the last one of an MLP.
       seed: of the matrices.
       tolerance: how much the function may differ on the example, relative to its largest
-        magnitude; by default 1e-5, and 0.05 where the model computes in less than float32.
+        magnitude; by default 1e-5. A model of shorter floats is compared in float32.
       **kwargs: keyword arguments of the model, part of the example.
 
     Returns:
@@ -51,10 +52,11 @@ def rotate(
       ValueError: the tree is quantized already.
     """
     variables, example = split_arguments(model, args)
-    subject = Subject(model, variables, example, kwargs, "rotate")
+    adapter, subject = subject_of(model, variables, (example, kwargs), "rotate")
     step = Rotate(stream=stream, heads=heads, online=online, seed=seed)
     program = step.run(subject.program).program
-    new = rotate_parameters(subject.parameters, program.facts[FACT])
-    tree = subject.with_parameters(new)
-    subject.check(program, tree, tolerance)
-    return subject.result(tree, step if online else None)
+    fold = functools.partial(rotate_parameters, turned=program.facts[FACT])
+    tree = subject.after(program, fold, tolerance)
+    if not online:
+        return adapter.with_tree(tree)
+    return with_pass(subject.fn, subject.paths, step, adapter.name), tree

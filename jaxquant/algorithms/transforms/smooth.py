@@ -9,20 +9,28 @@ that of weights. Which parameters take part is found by `jaxquant.passes.channel
 from __future__ import annotations
 
 import fnmatch
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from jaxquant.algorithms.calibrate import calibrate
-from jaxquant.algorithms.transforms.subject import Subject, split_arguments
+from jaxquant.algorithms.calibrate import Call, run_batches
+from jaxquant.algorithms.transforms.subject import (
+    Subject,
+    split_arguments,
+    subject_of,
+    with_pass,
+)
+from jaxquant.core.transforms import Smooth, Unfoldable
 from jaxquant.frontends.batches import call_arguments
 from jaxquant.passes.channel_flow import Absorber, ChannelGroup, find_channel_groups
 from jaxquant.passes.channel_labels import Array
 from jaxquant.passes.fold_transforms import FACT, FoldTransforms, fold_parameters
+from jaxquant.passes.insert_observers import read
+from jaxquant.passes.observe_rules import observe_rules
 
-Unfoldable = Literal["leave", "refuse", "multiply"]
 STATISTIC = "channel_absmax"
 
 
@@ -49,7 +57,7 @@ def smooth(
       unfoldable: what to do with a group that no parameter can be divided for: "leave" it,
         "refuse" with an error, or "multiply": an explicit operation divides its input.
       tolerance: how much the function may differ on the first batch, relative to its largest
-        magnitude; by default 1e-5, and 0.05 where the model computes in less than float32.
+        magnitude; by default 1e-5. A model of shorter floats is compared in float32.
       **kwargs: keyword arguments of the model, part of each batch.
 
     Returns:
@@ -62,8 +70,7 @@ def smooth(
       ValueError: no batch, ``alpha`` outside of [0, 1], ``only`` matches nothing, or the tree is
         quantized already.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} must be between 0 and 1")
+    Smooth(alpha, unfoldable)  # checks them
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:
@@ -71,17 +78,19 @@ def smooth(
     variables, rest = split_arguments(model, args)
     if rest:
         raise ValueError("give batches as calibration=, not the model's arguments")
-    own, named = call_arguments(first, "calibration batch 0")
-    subject = Subject(model, variables, own, {**kwargs, **named}, "smooth")
+    calls = (
+        (own, {**kwargs, **named})
+        for own, named in (
+            call_arguments(batch, f"calibration batch {number}")
+            for number, batch in enumerate(itertools.chain([first], batches))
+        )
+    )
+    example = next(calls)
+    adapter, subject = subject_of(model, variables, example, "smooth")
     groups = find_channel_groups(subject.program)
     chosen = _chosen(groups, only)
-    found: Mapping[str, Mapping[str, Any]] = {}
-    observed = [w.path for g in groups if chosen & set(g.consumers) for w in _weights(g)]
-    if observed:
-        found = calibrate(
-            model, *args, calibration=itertools.chain([first], batches),
-            statistics=dict.fromkeys(observed, STATISTIC), **kwargs,
-        )  # fmt: skip
+    wanted = [group for group in groups if chosen & set(group.consumers)]
+    found = channel_statistics(subject, itertools.chain([example], calls), wanted)
 
     def factors(group: ChannelGroup) -> Array | None:
         if not chosen & set(group.consumers):
@@ -90,10 +99,39 @@ def smooth(
 
     step = FoldTransforms(factors, unfoldable)
     program = step.run(subject.program).program
-    new = fold_parameters(subject.parameters, program.facts[FACT])
-    tree = subject.with_parameters(new)
-    subject.check(program, tree, tolerance)
-    return subject.result(tree, step if unfoldable == "multiply" else None)
+    fold = functools.partial(fold_parameters, factors=program.facts[FACT])
+    tree = subject.after(program, fold, tolerance)
+    if unfoldable != "multiply":
+        return adapter.with_tree(tree)
+    return with_pass(subject.fn, subject.paths, step, adapter.name), tree
+
+
+def channel_statistics(
+    subject: Subject, calls: Iterable[Call], groups: Sequence[ChannelGroup]
+) -> dict[str, dict[str, Any]]:
+    """The largest magnitude in each channel of what the weights of some groups multiply.
+
+    Args:
+      subject: the float function and its parameters.
+      calls: arguments of each batch.
+      groups: groups of its program.
+
+    Returns:
+      ``{path: {"channel_absmax": array}}``, one leading axis for each scan around the product.
+
+    Raises:
+      ValueError: there is no batch, something is not finite, or no batch reaches a product.
+    """
+    observed = [weight.path for group in groups for weight in _weights(group)]
+    if not observed:
+        return {}
+    rules = observe_rules(dict.fromkeys(observed, STATISTIC))
+    run = run_batches(subject.fn, subject.tree, subject.paths, calls, rules)
+    found = read(run.seen, run.statistics)
+    unseen = [path for path in observed if path not in found]
+    if unseen:
+        raise ValueError(f"no calibration batch reaches the product that {unseen[0]!r} is used in")
+    return found
 
 
 def smooth_factors(
@@ -127,7 +165,8 @@ def smooth_factors(
         if seen.size != numbers.size:
             raise ValueError(
                 f"the input of {weight.path!r} has {seen.shape} channels in its statistics and "
-                f"{numbers.shape} in the program: leave its group out with only="
+                f"{numbers.shape} in the program: leave it out (jaxquant.smooth: only=; a recipe: "
+                "a rule with transforms=False)"
             )
         np.maximum.at(x, numbers, seen.reshape(numbers.shape))
     with np.errstate(divide="ignore", invalid="ignore"):

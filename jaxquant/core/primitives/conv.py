@@ -24,7 +24,7 @@ from jaxquant.core.primitives.linear import (
     result_dtype,
     unflatten_all,
 )
-from jaxquant.core.primitives.weights import act_quant, reference_parts
+from jaxquant.core.primitives.weights import act_quant, reference_parts, transformed
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.schemes import ActScheme
 from jaxquant.pallas_kernels import reference_conv
@@ -63,9 +63,27 @@ def quantized_conv_general_dilated(
 
 
 def bind_conv(x: jax.Array, w: QTensor, **params: Any) -> jax.Array:
-    """Binds the primitive with the parameters of a `conv_general_dilated` equation."""
+    """Binds the primitive with the parameters of a `conv_general_dilated` equation.
+
+    Raises:
+      UnmetInputError: the kernel's input factor or turn is along anything but its input features.
+    """
+    x, w = transformed(x, w, _places(**params))
     act = w.act and conv_act(w.act, jnp.ndim(x), **params)
     return bind_linear(quantized_conv_general_dilated_p, x, w, act=act, **params)
+
+
+def _places(
+    *, dimension_numbers: Any, feature_group_count: int, batch_group_count: int, **_: Any
+) -> list[int | None]:
+    """For each axis of the kernel the axis of the input that it meets: that of the features.
+
+    With groups there is none: a feature of the kernel stands for one of each group.
+    """
+    places: list[int | None] = [None] * len(dimension_numbers.rhs_spec)
+    if feature_group_count == 1 and batch_group_count == 1:
+        places[dimension_numbers.rhs_spec[1]] = dimension_numbers.lhs_spec[1]
+    return places
 
 
 def conv_act(

@@ -18,16 +18,19 @@ from jaxquant.core.primitives.weights import (
     logical_aval,
     refuse_gradient,
     unflatten,
+    without_input_transform,
 )
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.turns import weight_of
 
 dequantize_p = _compat.make_primitive("dequantize")
 
 
 def dequantize(w: QTensor) -> jax.Array:
     """The float array that `w` stands for; shape `w.shape`, dtype `w.dtype`."""
-    leaves, tree = jax.tree.flatten(bind_leaves(w))
-    return dequantize_p.bind(*_compat.match_varying(*leaves), tree=tree)
+    leaves, tree = jax.tree.flatten(bind_leaves(without_input_transform(w)))
+    values = dequantize_p.bind(*_compat.match_varying(*leaves), tree=tree)
+    return weight_of(values, w.input_factor, w.input_turn)
 
 
 def _batch(

@@ -28,6 +28,7 @@ from jaxquant.core.primitives.weights import (
     bind_leaves,
     logical_aval,
     reference_parts,
+    transformed,
     unflatten,
 )
 from jaxquant.core.qtensor import QTensor
@@ -62,7 +63,8 @@ def quantized_dot_general(
 
     What happens to x first is the weight's own business (`w.act`): nothing, or quantization per
     token (one scale for each index of all of x's axes that are not contracted), per tensor, or
-    with the calibrated `w.input_scale`. Gradients pass that quantization straight through.
+    with the calibrated `w.input_scale`. Gradients pass that quantization straight through. Before
+    that x is multiplied with the weight's input factor and turn, if it has any.
 
     Args:
       x: the activation, floats.
@@ -82,6 +84,7 @@ def quantized_dot_general(
     Raises:
       TypeError: shapes or dtypes do not fit (the message is lax.dot_general's).
       ValueError: a static activation scheme without input_scale; an unknown implementation.
+      UnmetInputError: the weight's input factor or turn is along an axis that is not summed over.
     """
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     dims = (
@@ -90,6 +93,8 @@ def quantized_dot_general(
     )
     preferred = None if preferred_element_type is None else np.dtype(preferred_element_type)
     axes = DotAxes.make(dims, np.ndim(x), w.ndim, weight_side)
+    met = dict(zip(axes.w_contract + axes.w_batch, axes.x_contract + axes.x_batch, strict=True))
+    x, w = transformed(x, w, [met.get(axis) for axis in range(w.ndim)])
     act = w.act and act_quant(w.act, np.ndim(x), axes.x_contract)
     if act is not None and act.static and w.input_scale is None:
         raise ValueError(

@@ -23,7 +23,7 @@ from jaxquant.core.primitives.linear import (
     result_dtype,
 )
 from jaxquant.core.primitives.splits import placed
-from jaxquant.core.primitives.weights import act_quant, reference_parts
+from jaxquant.core.primitives.weights import act_quant, reference_parts, transformed
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference_conv
 from jaxquant.pallas_kernels.activation import ActQuant
@@ -110,7 +110,16 @@ def bind_ragged_dot(
     implementation: Implementation | None = None,
     **params: Any,
 ) -> jax.Array:
-    """Binds the primitive with the parameters of a `ragged_dot_general` equation."""
+    """Binds the primitive with the parameters of a `ragged_dot_general` equation.
+
+    Raises:
+      UnmetInputError: the experts' input factor or turn is along an axis that is not summed over,
+        such as a factor of each expert's own.
+    """
+    numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    (x_sums, w_sums), (x_batch, w_batch) = numbers
+    met = dict(zip((*w_sums, *w_batch), (*x_sums, *x_batch), strict=True))
+    x, w = transformed(x, w, [met.get(axis) for axis in range(w.ndim)])
     act = ragged_act(x, w, group_sizes, params)
     params["implementation"] = implementation
     return bind_linear(quantized_ragged_dot_p, x, w, group_sizes, act=act, **params)

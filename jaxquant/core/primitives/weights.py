@@ -17,6 +17,7 @@ from jaxquant.core import _compat
 from jaxquant.core.codes import code_values
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.schemes import ActScheme
+from jaxquant.core.turns import input_of
 from jaxquant.pallas_kernels.activation import ActQuant
 
 _NO_GRADIENT = (
@@ -28,11 +29,38 @@ _NO_GRADIENT = (
 
 
 def bind_leaves(w: QTensor, keep_input_scale: bool = False) -> QTensor:
-    """The parts of a weight that a product reads; what its op does besides goes into parameters."""
+    """The parts of a weight that a product reads; what its op does besides goes into parameters.
+
+    Raises:
+      ValueError: the weight has an input factor or turn: a product with its codes is none with it.
+    """
+    if w.input_factor is not None or w.input_turn is not None:
+        raise ValueError(f"{w!r}: its input must be transformed first (see jaxquant.core.turns)")
     input_scale = w.input_scale if keep_input_scale else None
     return w.replace(
         act=None, op_rules=(), input_scale=input_scale, input_group=None, contracted=None
     )
+
+
+def without_input_transform(w: QTensor) -> QTensor:
+    """What the codes stand for, whatever is done to the input."""
+    return w.replace(input_factor=None, input_turn=None)
+
+
+def transformed(
+    x: jax.Array, w: QTensor, places: Sequence[int | None]
+) -> tuple[jax.Array, QTensor]:
+    """The input as the weight wants it, and what the codes stand for.
+
+    Args:
+      x: the input.
+      w: the weight.
+      places: for each axis of the weight the axis of x that it meets, or None.
+
+    Raises:
+      UnmetInputError: see `jaxquant.core.turns.input_of`.
+    """
+    return input_of(x, w.input_factor, w.input_turn, places), without_input_transform(w)
 
 
 def unflatten(tree: Any, leaves: Sequence[Any]) -> QTensor:

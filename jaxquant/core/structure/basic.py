@@ -1,8 +1,8 @@
 """Structural operations that keep blocks whole, and the helpers all structural operations share.
 
-A part is what a QTensor has besides codes: scale, zero point, input scale. Its sizes divide the
-logical sizes, axis by axis. Parts are arrays, except a scale that is itself a QTensor; operations
-on such a scale fall back on its dequantized values where they have to.
+A part is what a QTensor has besides codes: scale, zero point, input scale, input factor. Its sizes
+divide the logical sizes, axis by axis. Parts are arrays, except a scale that is itself a QTensor;
+operations on such a scale fall back on its dequantized values where they have to.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ class Unstructured(Exception):  # noqa: N818  (a condition that is handled, not 
 
 
 def map_parts(w: QTensor, fn: Callable[[Any], Any], codes: jax.Array, **static: Any) -> QTensor:
-    """The weight with new codes and `fn` applied to scale, zero point and input scale.
+    """The weight with new codes and `fn` applied to its other parts.
 
     Which axes its op sums over, that its codes lie ready for that, and how it lies on a mesh is
     forgotten unless `static` says so.
+
+    Raises:
+      Unstructured: the input is turned, and `static` does not say where the turned axis is now.
     """
+    if w.input_turn is not None and "input_turn" not in static:
+        raise Unstructured("its input is turned along an axis that would not stay whole")
     parts = {
         name: None if getattr(w, name) is None else fn(getattr(w, name))
-        for name in ("scale", "zero_point", "input_scale")
+        for name in ("scale", "zero_point", "input_scale", "input_factor")
     }
     forgotten = {"contracted": None, "prepared": None, "mesh_layout": None}
     return w.replace(codes=codes, **parts, **{**forgotten, **static})
@@ -44,6 +49,15 @@ def kept_axes(w: QTensor, move: Callable[[int], int]) -> dict[str, Any]:
 
     Axes go in from the front and come out negative.
     """
+    return {**kept_turn(w, move), **_kept_contracted(w, move)}
+
+
+def kept_turn(w: QTensor, move: Callable[[int], int]) -> dict[str, Any]:
+    """The part of `kept_axes` that must not be forgotten: how the input is turned."""
+    return {} if w.input_turn is None else {"input_turn": w.input_turn.moved(move, w.ndim)}
+
+
+def _kept_contracted(w: QTensor, move: Callable[[int], int]) -> dict[str, Any]:
     if w.contracted is None:
         return {}
     axes = tuple(sorted(move(axis + w.ndim) for axis in w.contracted))
@@ -164,9 +178,13 @@ def squeeze(w: QTensor, dimensions: Sequence[int]) -> QTensor:
     if packed is not None:
         packed += sum(d > packed + w.ndim for d in gone)
     axes = tuple(sorted(gone))
-    own = {}
+
+    def move(axis: int) -> int:
+        return axis - w.ndim + sum(d > axis for d in gone)
+
+    own = kept_turn(w, move)  # a turned axis is longer than one
     if w.contracted is not None and gone.isdisjoint(axis + w.ndim for axis in w.contracted):
-        own = kept_axes(w, lambda axis: axis - w.ndim + sum(d > axis for d in gone))
+        own = kept_axes(w, move)
     return map_parts(
         w,
         lambda part: on_part(part, squeeze, lax.squeeze, axes),
@@ -192,9 +210,12 @@ def rev(w: QTensor, dimensions: Sequence[int]) -> QTensor:
     """As `lax.rev`."""
     dimensions = tuple(dimensions)
     w = unpacked_if(w, dimensions)
+    whole = w.input_turn is not None and w.input_turn.axis + w.ndim not in dimensions
+    own = kept_turn(w, lambda axis: axis - w.ndim) if whole else {}
     return map_parts(
         w,
         lambda part: on_part(part, rev, lax.rev, dimensions),
         lax.rev(w.codes, dimensions),
         mesh_layout=w.mesh_layout,
+        **own,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +24,7 @@ from jaxquant.core.structure.basic import (
     Unstructured,
     broadcast_in_dim,
     check_growth,
+    kept_turn,
     map_parts,
     moved_layout,
     on_part,
@@ -43,7 +45,7 @@ def reshape(w: QTensor, shape: Sequence[int]) -> QTensor:
         raise Unstructured("it is empty")
     plans = {
         tuple(part.shape): _plan(old, tuple(part.shape), new)
-        for part in (w.scale, w.zero_point, w.input_scale)
+        for part in (w.scale, w.zero_point, w.input_scale, w.input_factor)
         if part is not None
     }
     check_growth(w.scale.size, math.prod(plans[tuple(w.scale.shape)].result), w.size)
@@ -63,7 +65,21 @@ def reshape(w: QTensor, shape: Sequence[int]) -> QTensor:
         lax.reshape(w.codes, held),
         packed_axis=None if kept is None else kept - len(new),
         mesh_layout=_moved_layout(w, new),
+        **_kept_turn(w, new),
     )
+
+
+def _kept_turn(w: QTensor, new: Sequence[int]) -> dict[str, Any]:
+    """`map_parts`'s static argument where the turned axis stays an axis of its own."""
+    if w.input_turn is None:
+        return {}
+    turned = w.input_turn.axis + w.ndim
+    for ins, outs in _groups(w.shape, new):
+        large = [j for j in outs if new[j] > 1]
+        if [i for i in ins if w.shape[i] > 1] == [turned] and len(large) == 1:
+            place = large[0] - len(new)
+            return kept_turn(w, lambda _, place=place: place)  # type: ignore[misc]
+    return {}
 
 
 def _moved_layout(w: QTensor, new: Sequence[int]) -> MeshLayout | None:

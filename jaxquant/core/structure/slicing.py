@@ -50,6 +50,7 @@ def slice(  # noqa: A001
 
     if not shape:
         return w
+    _refuse_cut_turn(w, [limit - start for start, limit, _ in cuts])
     codes = lax.slice(w.codes, *map(tuple, zip(*coded, strict=True)))
     layout = _sliced_layout(w, codes.shape)
     own = kept_axes(w, lambda axis: axis - w.ndim)
@@ -117,6 +118,7 @@ def dynamic_slice(w: QTensor, starts: Sequence[Any], sizes: Sequence[int]) -> QT
     code_sizes = [
         held if n == z else z for held, n, z in zip(w.codes.shape, shape, sizes, strict=True)
     ]
+    _refuse_cut_turn(w, sizes)
     codes = lax.dynamic_slice(w.codes, starts, code_sizes)
     layout = _sliced_layout(w, sizes)
     return map_parts(w, cut, codes, mesh_layout=layout, **kept_axes(w, lambda axis: axis - w.ndim))
@@ -125,6 +127,11 @@ def dynamic_slice(w: QTensor, starts: Sequence[Any], sizes: Sequence[int]) -> QT
 def _sliced_layout(w: QTensor, sizes: Sequence[int]) -> MeshLayout | None:
     """A slice lies as the whole does, but for axes of which it is one element."""
     return moved_layout(w, [axis if n > 1 else None for axis, n in enumerate(sizes)])
+
+
+def _refuse_cut_turn(w: QTensor, sizes: Sequence[int]) -> None:
+    if w.input_turn is not None and sizes[w.input_turn.axis] != w.shape[w.input_turn.axis]:
+        raise Unstructured("a slice cuts the axis along which its input is turned")
 
 
 def _static_start(start: Any, n: int, size: int) -> int | None:
@@ -140,10 +147,12 @@ def concatenate(ws: Sequence[QTensor], dimension: int) -> QTensor:
     """As `lax.concatenate`; scales are repeated where the operands' blocks differ.
 
     Raises:
-      Unstructured: the operands differ in type or scheme, or in static input scales.
+      Unstructured: the operands differ in type or scheme, or in what is done to the input.
     """
     first, d = ws[0], dimension % ws[0].ndim
     _check_alike(ws)
+    if first.input_turn is not None and first.input_turn.axis + first.ndim == d:
+        raise Unstructured("weights are joined along the axis along which their input is turned")
     packing = {(w.packed_axis, w.packed_axis == d - w.ndim) for w in ws}
     if len(packing) > 1 or any(along for _, along in packing):
         ws = [unpacked(w) for w in ws]
@@ -158,7 +167,8 @@ def concatenate(ws: Sequence[QTensor], dimension: int) -> QTensor:
         codes=lax.concatenate([w.codes for w in ws], d),
         scale=joined,
         zero_point=lax.concatenate(zero_points, d) if zero_points else None,
-        input_scale=_join_input_scales(ws, d),
+        input_scale=_join_inputs(ws, "input_scale", d),
+        input_factor=_join_inputs(ws, "input_factor", d),
         contracted=None,
         prepared=None,
         mesh_layout=first.mesh_layout if len({w.mesh_layout for w in ws}) == 1 else None,
@@ -168,13 +178,13 @@ def concatenate(ws: Sequence[QTensor], dimension: int) -> QTensor:
 def _check_alike(ws: Sequence[QTensor]) -> None:
     first = ws[0]
     for w in ws[1:]:
-        for field in ("qtype", "dtype", "act", "op_rules"):
+        for field in ("qtype", "dtype", "act", "op_rules", "input_turn"):
             if getattr(w, field) != getattr(first, field):
                 raise Unstructured(
                     f"it is joined with a weight whose {field} is {getattr(w, field)}, not"
                     f" {getattr(first, field)}"
                 )
-        for part in ("zero_point", "input_scale"):
+        for part in ("zero_point", "input_scale", "input_factor"):
             if (getattr(w, part) is None) != (getattr(first, part) is None):
                 raise Unstructured(f"it is joined with a weight with another kind of {part}")
 
@@ -203,12 +213,13 @@ def _repeat(part: jax.Array, shape: Sequence[int], blocks: Sequence[int]) -> jax
     return part
 
 
-def _join_input_scales(ws: Sequence[QTensor], dimension: int) -> jax.Array | None:
-    scales = [w.input_scale for w in ws]
-    if scales[0] is None:
+def _join_inputs(ws: Sequence[QTensor], part: str, dimension: int) -> jax.Array | None:
+    """The input scales, or input factors, of weights that are stacked along an axis."""
+    found = [getattr(w, part) for w in ws]
+    if found[0] is None:
         return None
-    stacked = all(s.shape[dimension] == w.shape[dimension] for s, w in zip(scales, ws, strict=True))
-    others = {(*s.shape[:dimension], *s.shape[dimension + 1 :]) for s in scales}
+    stacked = all(s.shape[dimension] == w.shape[dimension] for s, w in zip(found, ws, strict=True))
+    others = {(*s.shape[:dimension], *s.shape[dimension + 1 :]) for s in found}
     if not stacked or len(others) > 1:
-        raise Unstructured("weights with static input scales of their own are joined")
-    return lax.concatenate(scales, dimension)
+        raise Unstructured(f"weights with {part.replace('_', ' ')}s of their own are joined")
+    return lax.concatenate(found, dimension)

@@ -3,7 +3,9 @@
 Hadamard matrices have entries of one magnitude, so every output channel is an equally weighted sum
 of all inputs. They exist for powers of two and, by Paley's constructions, for many other multiples
 of four; what is left of a size gets a random orthogonal matrix. Random signs (Ashkboos et al. 2024,
-"QuaRot", arXiv:2404.00456) make structured inputs random. Called by `rotate_stream`.
+"QuaRot", arXiv:2404.00456) make structured inputs random. Called by the pass `Rotate`; the
+matrices of `hadamard` are those that quantized weights name (`jaxquant.core.turns`), so they must
+never change.
 """
 
 from __future__ import annotations
@@ -84,21 +86,31 @@ def random_hadamard(size: int, seed: int) -> Rotation:
       seed: of the signs and of that matrix.
     """
     rng = np.random.default_rng(seed)
-    odd = size
-    while odd % 2 == 0:
-        odd //= 2
-    factors: list[Array] = []
-    rest = size
-    if odd > 1:
-        paley = [odd * 2**j for j in range(2, 6) if size % (odd * 2**j) == 0]
-        found = next((m for m in map(_paley, paley) if m is not None), None)
-        factors = [random_orthogonal(odd, seed) if found is None else found]
-        rest = size // len(factors[0])
-    while rest > 1:
-        n = min(rest, _LARGEST)
-        factors.append(_sylvester(n))
-        rest //= n
+    base = _odd_factor(size)
+    if base is None:
+        base = random_orthogonal(_odd(size), seed)
+    factors = ([] if len(base) == 1 else [base]) + _powers(size // len(base))
     return Rotation(tuple(factors) or (np.eye(1),), rng.choice([-1.0, 1.0], size))
+
+
+@functools.lru_cache(maxsize=64)
+def hadamard(size: int) -> Rotation:
+    """The Hadamard matrix of a size, without random signs: it follows from the size alone.
+
+    Raises:
+      ValueError: none is known here for this size.
+    """
+    base = _odd_factor(size)
+    if size < 1 or base is None:
+        raise ValueError(f"no Hadamard matrix of {size} rows is known here")
+    factors = ([] if len(base) == 1 else [base]) + _powers(size // len(base))
+    return Rotation(tuple(factors) or (base,), np.ones(size))
+
+
+def largest_hadamard(size: int) -> int:
+    """The largest divisor of a size of which `hadamard` knows a matrix; 1 if there is no other."""
+    divisors = (d for d in range(size, 0, -1) if size % d == 0)
+    return next(d for d in divisors if _odd_factor(d) is not None)
 
 
 def fixing_ones(size: int, seed: int) -> Rotation:
@@ -116,6 +128,29 @@ def random_orthogonal(size: int, seed: int) -> Array:
     """A matrix drawn uniformly from the orthogonal group (QR of a normal matrix)."""
     q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))
     return q * np.where(np.diag(r) < 0, -1.0, 1.0)
+
+
+def _odd(size: int) -> int:
+    return size // (size & -size)
+
+
+def _odd_factor(size: int) -> Array | None:
+    """The Hadamard matrix that holds the odd factor of a size; None if there is none."""
+    odd = _odd(size)
+    if odd == 1:
+        return np.eye(1)
+    orders = [odd * 2**j for j in range(2, 6) if size % (odd * 2**j) == 0]
+    return next((m for m in map(_paley, orders) if m is not None), None)
+
+
+def _powers(size: int) -> list[Array]:
+    """Factors of a power of two."""
+    factors = []
+    while size > 1:
+        n = min(size, _LARGEST)
+        factors.append(_sylvester(n))
+        size //= n
+    return factors
 
 
 def _sylvester(size: int) -> Array:

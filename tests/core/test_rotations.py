@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.passes.rotations import fixing_ones, random_hadamard
+from jaxquant.core.rotations import fixing_ones, random_hadamard
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 12, 20, 24, 28, 36, 43, 52, 64, 96, 384, 1024])
