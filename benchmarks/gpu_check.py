@@ -1,11 +1,12 @@
 """Whether the GPU kernels are right on the chip at hand: one command, before any figure is taken.
 
-`python -m benchmarks.gpu_check [--seconds 300]` draws random products (storages, groups, zero
-points, epilogues, ragged edges), runs the kernel that dispatch would choose and variants of its
-config, and compares with float64. Memory is filled with NaN before each run, so that what a kernel
-leaves unwritten shows, and each program runs three times, to the same bits. Then the shipped
-decoder's class decodes by kernels and by XLA. Counts and failures go to
-benchmarks/results/gpu-check-<chip>.json; any failure is exit status 1. `--dry-run` checks XLA's
+`python -m benchmarks.gpu_check [--seconds 400]` does, in this order: every format of
+`gpu_formats` at shapes of decoding and prefill, the quantization of activations, the shipped
+decoder's class by kernels and by XLA; and then, until the time is over, random products (storages,
+groups, zero points, epilogues, ragged edges), rows grouped by expert and LLM.int8(), with variants
+of their configs. `gpu_oracle` judges. Several processes share the pieces; one that hangs or dies
+loses its piece only (`gpu_supervise`), and the same command again goes on. Counts and failures go
+to benchmarks/results/gpu-check-<chip>.json; any failure is exit status 1. `--dry-run` checks XLA's
 route in the kernels' place, on any machine: it checks this script and the oracle.
 """
 
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
-import functools
 import json
-import time
-from collections.abc import Callable, Iterator
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,197 +27,157 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gpu_oracle, gpu_oracle_grouped
+from benchmarks.gpu_formats import FORMATS
+from benchmarks.gpu_supervise import Journal, key_of, leave_if_broken, supervise
 from benchmarks.gpu_timing import require_gpu
-from jaxquant.pallas_kernels import packing, reference
-from jaxquant.pallas_kernels.activation import GREATEST, ActQuant, quantize_activation
+from jaxquant.pallas_kernels.activation import GREATEST
 from jaxquant.pallas_kernels.gpu.chips import Chip, chip_of
-from jaxquant.pallas_kernels.problem import PACKED, STORAGE, MatmulProblem, Unsupported
-from tests.pallas_kernels.tpu.cases import TABLE, Case, make
+from jaxquant.pallas_kernels.problem import MatmulProblem
 
 RESULTS = Path(__file__).parent / "results"
-_RUNS = 3
-_CODES = ("int4", "int8", "int2", "int3", "table4", "float8_e4m3fn")
-Run = Callable[[dict[str, Any]], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Attempt:
-    """One way to do a product.
-
-    Attributes:
-      name: e.g. the config.
-      run: from the arrays of a case to the result.
-      tolerance: of an error, relative to the sum of magnitudes.
-    """
-
-    name: str
-    run: Run
-    tolerance: float
+_ROWS = (16, 300, 1, 64)
+_ROW_LENGTHS = (128, 640, 4096, 5504, 28672)
+_PROCESSES = 4
+# Seconds in which no piece takes place, its compilation included, unless it hangs.
+_PATIENCE = 150.0
 
 
 def main() -> None:
     """Checks until the time is over; prints and writes what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--seeds", type=int, default=1000, help="random products of each kind")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--journal", type=Path, default=None, help="where to go on; for a part")
+    parser.add_argument("--share", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    require_gpu(arguments.dry_run, "gpu_check")
-    kind = jax.devices()[0].device_kind
-    chip = None if arguments.dry_run else chip_of(kind)
-    if chip is None and not arguments.dry_run:
-        raise SystemExit(f"there are no kernels for {kind}")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # processes share the GPU
+    if arguments.share is not None:
+        work(arguments.journal, arguments.share, arguments.seeds, here())
+        return
+    if arguments.dry_run:
+        path = arguments.out / "gpu-check-dry-run.jsonl"
+        path.unlink(missing_ok=True)
+        work(path, 0, 1, None, processes=1)
+        finish([Journal(path)], "dry-run", arguments.out)
+        return
+    folder = arguments.journal or Path(tempfile.gettempdir()) / "jaxquant-gpu-check"
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--seeds", str(arguments.seeds)]
+
+    def one(share: int) -> Journal:
+        path = folder / f"{share}.jsonl"
+        own = [*command, "--share", str(share), "--journal", str(path)]
+        return supervise(own, path, arguments.seconds, _PATIENCE)
+
+    with ThreadPoolExecutor(_PROCESSES) as pool:
+        journals = list(pool.map(one, range(_PROCESSES)))
+    finish(journals, "", arguments.out)
+
+
+def here() -> Chip:
+    """The chip at hand.
+
+    Raises:
+      SystemExit: there is none that kernels are for.
+    """
+    require_gpu(False, "gpu_check")
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip is None:
+        raise SystemExit(f"there are no kernels for {jax.devices()[0].device_kind}")
+    return chip
+
+
+def pieces(seeds: int, small: bool) -> Iterator[dict[str, Any]]:
+    """What is checked, the most important first."""
+    if not small:
+        for m in _ROWS:
+            for name in FORMATS:
+                yield {"kind": "format", "name": name, "m": m}
+        for dtype in GREATEST:
+            for k in _ROW_LENGTHS:
+                yield {"kind": "rows", "dtype": dtype, "k": k}
+    yield {"kind": "decoder"}
+    for seed in range(seeds):
+        for kind in ("llm_int8", "experts", "random"):
+            yield {"kind": kind, "seed": seed}
+
+
+def work(
+    path: Path, share: int, seeds: int, chip: Chip | None, processes: int = _PROCESSES
+) -> None:
+    """In a child: every piece of its share that is not in the journal yet."""
+    journal = Journal(path)
+    journal.results["environment"] = None  # of this process, however often it is started
+    journal.end("environment", {"device": jax.devices()[0].device_kind, "jax": jax.__version__})
+    for index, piece in enumerate(pieces(seeds, chip is None)):
+        if index % processes == share:
+            wrong = journal.once(key_of(**piece), lambda piece=piece: found_in(piece, chip))[
+                "wrong"
+            ]
+            if wrong and chip is not None:
+                leave_if_broken()
+
+
+def found_in(piece: dict[str, Any], chip: Chip | None) -> dict[str, list[str]]:
+    """What was tried in a piece, and what was wrong."""
+    try:
+        done, wrong = _try(piece, chip)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the fault)
+        done, wrong = [piece["kind"]], [f"{piece}: {type(error).__name__}: {error}"[:500]]
+    return {"done": done, "wrong": wrong}
+
+
+def _try(piece: dict[str, Any], chip: Chip | None) -> tuple[list[str], list[str]]:
+    kind, small = piece["kind"], chip is None
+    if kind == "format":
+        problem = format_problem(piece["name"], piece["m"])
+        return gpu_oracle.check(problem, 0, chip, variants=False)
+    if kind == "rows":
+        return ["quantize_rows"], gpu_oracle.check_rows(piece["dtype"], piece["k"])
+    if kind == "decoder":
+        return ["decoder"], decoder_failures(chip)
+    if kind == "llm_int8":
+        return gpu_oracle_grouped.check_llm_int8(piece["seed"], chip)
+    rng = np.random.default_rng(piece["seed"])
+    if kind == "experts":
+        product, sizes = gpu_oracle_grouped.random_ragged(rng, small)
+        return gpu_oracle_grouped.check_ragged(product, sizes, piece["seed"], chip)
+    return gpu_oracle.check(gpu_oracle.random_problem(rng, small), piece["seed"], chip)
+
+
+def format_problem(name: str, m: int) -> MatmulProblem:
+    """A format of `gpu_formats` at a shape with a ragged last tile of columns."""
+    return MatmulProblem(m, 2048, 1040, out_dtype="float32", **FORMATS[name][0])
+
+
+def finish(journals: list[Journal], name: str, out: Path) -> None:
+    """Puts the journals together, writes and prints them.
+
+    Raises:
+      SystemExit: something was wrong.
+    """
     counts: collections.Counter[str] = collections.Counter()
-    failures = decoder_failures(chip) + ([] if chip is None else rows_failures())
-    until = time.monotonic() + arguments.seconds
-    seed = arguments.seed
-    while seed == arguments.seed or time.monotonic() < until:
-        problem = random_problem(np.random.default_rng(seed), small=chip is None)
-        found = check(problem, seed, chip)
-        counts.update(found[0])
-        failures += found[1]
-        seed += 1
-    record = {
-        "device": kind,
-        "jax": jax.__version__,
-        "seeds": [arguments.seed, seed],
-        "counts": dict(counts),
-        "failures": failures,
-    }
-    name = f"gpu-check-{'dry-run' if chip is None else chip.name}.json"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / name).write_text(json.dumps(record, indent=1) + "\n")
+    failures: list[str] = []
+    environment: dict[str, Any] = {}
+    for journal in journals:
+        for key, result in journal.results.items():
+            if key == "environment":
+                environment = result
+            elif "died" in result:
+                failures.append(f"{key}: {result['died']}")
+            else:
+                counts.update(result["done"])
+                failures += result["wrong"]
+    record = {**environment, "counts": dict(sorted(counts.items())), "failures": failures}
+    chip = chip_of(environment.get("device", ""))
+    name = name or (chip.name if chip else "unknown")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"gpu-check-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
     if failures:
         raise SystemExit(1)
-
-
-def random_problem(rng: np.random.Generator, small: bool = False) -> MatmulProblem:
-    """A product of any supported kind; edges of m, n and k fall anywhere."""
-    codes = str(rng.choice(_CODES))
-    group = int(rng.choice([32, 64, 128])) if rng.random() < 0.8 else 0
-    k = 128 * int(rng.integers(1, 5 if small else 33))
-    if not group and rng.random() < 0.3:
-        k += 32
-    n = 16 * int(rng.integers(1, 9 if small else 80)) if rng.random() < 0.5 else 128
-    m = int(rng.integers(1, 20 if small else 300))
-    integer = codes in ("int4", "int8") and rng.random() < 0.4
-    eight_bit = codes.startswith("float8") and rng.random() < 0.7
-    x_dtype = "int8" if integer else codes if eight_bit else "bfloat16"
-    flags = {name: bool(rng.random() < 0.25) for name in ("bias", "gate", "residual")}
-    zero_point = codes in ("int4", "int8", "int3", "int2") and bool(rng.random() < 0.4)
-    return MatmulProblem(
-        m, k, n, codes, x_dtype, group, zero_point, x_scale=x_dtype != "bfloat16",
-        out_dtype="float32", **({} if small else flags),
-    )  # fmt: skip
-
-
-def check(problem: MatmulProblem, seed: int, chip: Chip | None) -> tuple[list[str], list[str]]:
-    """What was tried, by kind; and what was wrong."""
-    case = make(problem, seed)
-    done, wrong = [], []
-    try:
-        ways = [by_xla(problem)] if chip is None else list(by_kernels(problem, chip))
-    except Unsupported as why:
-        return [f"{problem.codes}: unsupported: {why}"], []
-    for attempt in ways:
-        done.append(f"{problem.codes} x {problem.x_dtype}")
-        try:
-            fault = compare(case, attempt)
-        except Exception as error:  # noqa: BLE001  (whatever it is, it is the fault)
-            fault = f"{type(error).__name__}: {error}"[:500]
-        if fault:
-            wrong.append(f"seed {seed}: {problem}: {attempt.name}: {fault}")
-    return done, wrong
-
-
-def compare(case: Case, attempt: Attempt) -> str:
-    """What is wrong with the results, or ""."""
-    run = jax.jit(attempt.run)
-    results = []
-    for _ in range(_RUNS):
-        poison = [jnp.full(case.want.size, jnp.nan, jnp.float32) for _ in range(4)]
-        jax.block_until_ready(poison)
-        del poison
-        results.append(np.asarray(run({k: v for k, v in case.arrays.items() if k != "table"})))
-    if any(not np.array_equal(results[0], other, equal_nan=True) for other in results[1:]):
-        return "runs differ"
-    error = np.abs(results[0].astype(np.float64) - case.want)
-    bound = attempt.tolerance * (1 + case.scale_of_errors)
-    bad = ~(error <= bound)  # NaN is bad
-    if not bad.any():
-        return ""
-    at = tuple(int(i) for i in np.argwhere(bad)[0])
-    first = f"{results[0][at]}, not {case.want[at]}, at {at}"
-    return f"{bad.sum()} of {bad.size} are wrong; the first is {first}"
-
-
-def by_kernels(problem: MatmulProblem, chip: Chip) -> Iterator[Attempt]:
-    """The kernel as dispatch would run it, and with variants of the config."""
-    from jaxquant.pallas_kernels.gpu.config import GpuConfig, shared_bytes
-    from jaxquant.pallas_kernels.gpu.heuristics import choose_config
-    from jaxquant.pallas_kernels.gpu.matmul import quantized_matmul
-
-    config = choose_config(problem, chip)
-
-    def run(config: GpuConfig) -> Run:
-        def fn(arrays: dict[str, Any]) -> jax.Array:
-            own = {**arrays, "codes": arrays["codes"].T}
-            table = TABLE if problem.codes == "table4" else None
-            return quantized_matmul(**own, problem=problem, config=config, table=table)
-
-        return fn
-
-    rounded = config.scale == "before" or problem.codes == "table4"
-    tolerance = 2.0**-8 if rounded else 2.0**-11 if "float8" in config.operand else 1e-5
-    changes: list[dict[str, Any]] = [{}, {"split_k": 2}, {"split_k": 1}, {"stages": 2}]
-    variants = dict.fromkeys(dataclasses.replace(config, **change) for change in changes)
-    for variant in variants:
-        if shared_bytes(problem, variant) <= chip.shared_bytes:
-            yield Attempt(str(variant), run(variant), tolerance)
-
-
-def by_xla(problem: MatmulProblem) -> Attempt:
-    """XLA's route on the same arrays, without epilogues."""
-
-    def fn(arrays: dict[str, Any]) -> jax.Array:
-        codes = arrays["codes"]
-        if problem.codes in PACKED:
-            codes = packing.unpack(codes, STORAGE[problem.codes][1], 0, problem.k)
-        if problem.codes == "table4":
-            codes = jnp.asarray(TABLE, jnp.float32)[codes.astype(jnp.int32) + 8]
-        x = jnp.asarray(arrays["x"]).astype(jnp.float32)
-        return reference.dot_general(
-            x * arrays.get("x_scale", jnp.float32(1)), codes, jnp.asarray(arrays["scale"]),
-            arrays.get("zero_point"), dimension_numbers=(((1,), (0,)), ((), ())),
-        )  # fmt: skip
-
-    return Attempt("xla", fn, 1e-5)
-
-
-def rows_failures() -> list[str]:
-    """The quantization of activations in one launch: scales to the bit, codes but for ties."""
-    from jaxquant.pallas_kernels.gpu.quantize_rows import quantize_rows
-
-    wrong = []
-    for dtype in GREATEST:
-        for k in (128, 640, 4096, 5504, 28672):
-            x = jax.random.normal(jax.random.key(k), (33, k), jnp.bfloat16)
-            x = x.at[3].set(0).at[5, k // 2].set(jnp.nan)
-            codes, scale = jax.jit(functools.partial(quantize_rows, dtype=dtype))(x)
-            act = ActQuant(dtype, (1,))
-            want, want_scale = jax.jit(functools.partial(quantize_activation, act=act))(x)
-            if not np.isnan(scale[5, 0]):
-                wrong.append(f"quantize_rows: {dtype}, k = {k}: a NaN is lost")
-            pair = [np.delete(np.asarray(c, np.float32), 5, 0) for c in (scale, want_scale)]
-            if not np.array_equal(*pair):
-                wrong.append(f"quantize_rows: scales of {dtype}, k = {k}")
-            pair = [np.delete(np.asarray(c, np.float32), 5, 0) for c in (codes, want)]
-            step = 1.0 if dtype == "int8" else 2.0**-2 * np.maximum(np.abs(pair[1]), 2.0**-6)
-            if not (np.abs(pair[0] - pair[1]) <= step).all() or (pair[0] != pair[1]).mean() > 1e-3:
-                wrong.append(f"quantize_rows: codes of {dtype}, k = {k}")
-    return wrong
 
 
 def decoder_failures(chip: Chip | None) -> list[str]:

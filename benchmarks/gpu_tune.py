@@ -32,7 +32,7 @@ from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.gpu import tables
 from jaxquant.pallas_kernels.gpu.chips import CHIPS, Chip, chip_of
 from jaxquant.pallas_kernels.gpu.config import GpuConfig, shared_bytes
-from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.problem import E2M1, MatmulProblem, Unsupported
 
 TABLES = Path(tables.__file__).parent / "tables"
 SHAPES = ("4096x4096", "4096x14336", "8192x8192", "8192x28672")
@@ -105,7 +105,7 @@ def problem_of(case: Case) -> MatmulProblem:
     act = None if form.act is None else form.act.replace("float8_e4m3", "float8_e4m3fn")
     return MatmulProblem(
         case.m, case.k, case.n, codes, act or "bfloat16", form.group or 0, form.zero_point,
-        x_scale=act is not None,
+        x_scale=act is not None, e2m1=qtype.table == E2M1,
     )  # fmt: skip
 
 

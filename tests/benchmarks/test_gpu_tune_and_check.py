@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_check, gpu_products, gpu_timing, gpu_tune
+from benchmarks import gpu_check, gpu_oracle, gpu_oracle_grouped, gpu_products, gpu_timing, gpu_tune
+from benchmarks.gpu_supervise import Journal
 from jaxquant.core.primitives import describe_lowering
 from jaxquant.pallas_kernels.gpu import tables
 from jaxquant.pallas_kernels.gpu.chips import CHIPS
@@ -89,17 +90,20 @@ def test_dry_runs(monkeypatch, capsys, tmp_path):
     gpu_tune.main()
     assert "candidates around GpuConfig(" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    arguments = ["gpu_check", "--dry-run", "--seconds", "0", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr("sys.argv", ["gpu_check", "--dry-run", "--out", str(tmp_path)])
     gpu_check.main()
     record = json.loads((tmp_path / "gpu-check-dry-run.json").read_text())
-    assert record["failures"] == [] and sum(record["counts"].values()) == 1
+    assert record["failures"] == [] and sum(record["counts"].values()) == 4
+    kinds = [kind.split(":")[0] for kind in record["counts"]]
+    assert {"LLM.int8()", "decoder", "experts"} < set(kinds)
 
 
 def test_random_problems_are_sound():
     for seed in range(200):
-        problem = gpu_check.random_problem(np.random.default_rng(seed))
+        problem = gpu_oracle.random_problem(np.random.default_rng(seed))
         assert problem.k % problem.group == 0 and problem.m >= 1
+        product, sizes = gpu_oracle_grouped.random_ragged(np.random.default_rng(seed))
+        assert product.k % product.group == 0 and min(sizes) >= 0 and sum(sizes) <= product.m
 
 
 PROBLEM = MatmulProblem(5, 64, 16, "int4", group=32, out_dtype="float32")
@@ -107,9 +111,9 @@ PROBLEM = MatmulProblem(5, 64, 16, "int4", group=32, out_dtype="float32")
 
 def faults(change):
     """What the check says of XLA's route after a change of its result."""
-    attempt = gpu_check.by_xla(PROBLEM)
+    attempt = gpu_oracle.by_xla(PROBLEM)
     run = dataclasses.replace(attempt, run=lambda arrays: change(attempt.run(arrays)))
-    return gpu_check.compare(make(PROBLEM, 0), run)
+    return gpu_oracle.compare(make(PROBLEM, 0), run)
 
 
 def test_the_check_sees_wrong_values_and_what_is_not_written():
@@ -122,3 +126,34 @@ def test_the_check_sees_wrong_values_and_what_is_not_written():
         return out + jax.pure_callback(lambda: np.float32(next(counter)), out[0, 0])
 
     assert faults(unsteady) == "runs differ"
+
+
+def test_what_died_or_was_wrong_is_a_failure(tmp_path, capsys):
+    journal = Journal(tmp_path / "a.jsonl")
+    journal.end("environment", {"device": "NVIDIA H200", "jax": "0"})
+    journal.end("one", {"done": ["int4"], "wrong": []})
+    gpu_check.finish([journal], "", tmp_path)
+    journal.end("two", {"died": "no answer in 150 seconds"})
+    journal.end("three", {"done": ["int4"], "wrong": ["wrong at (0, 0)"]})
+    with pytest.raises(SystemExit, match="1"):
+        gpu_check.finish([journal], "", tmp_path)
+    record = json.loads((tmp_path / "gpu-check-H200.json").read_text())
+    assert record["failures"] == ["two: no answer in 150 seconds", "wrong at (0, 0)"]
+    assert record["counts"] == {"int4": 2} and record["device"] == "NVIDIA H200"
+
+
+def test_every_piece_belongs_to_one_process_and_errors_are_found():
+    every = list(gpu_check.pieces(3, small=False))
+    assert len({str(piece) for piece in every}) == len(every)
+    assert {"format", "rows", "decoder", "llm_int8", "experts", "random"} == {
+        piece["kind"] for piece in every
+    }
+    found = gpu_check.found_in({"kind": "format", "name": "no such", "m": 1}, None)
+    assert "KeyError" in found["wrong"][0]
+
+
+@pytest.mark.parametrize("name", gpu_check.FORMATS)
+def test_formats_have_kernels_at_the_shape_they_are_checked_at(name):
+    """So that nothing is passed over on a chip as unsupported."""
+    for m in gpu_check._ROWS:
+        choose_config(gpu_check.format_problem(name, m), H200)

@@ -17,6 +17,13 @@ from jaxquant.pallas_kernels.gpu.llm_int8 import (
     split_outliers,
 )
 from jaxquant.pallas_kernels.problem import Unsupported
+from tests.pallas_kernels.gpu.llm_int8_cases import (
+    activations,
+    arguments,
+    expected,
+    reference_split,
+    wide,
+)
 from tests.pallas_kernels.gpu.test_on_chip import CHIP
 
 H200 = CHIPS["H200"]
@@ -33,33 +40,6 @@ compiled = pytest.mark.skipif(
     reason="JAX'S CUDA COMPILERS ARE NOT INSTALLED (pip install jax[cuda13]), OR THIS JAX IS OLDER"
     " THAN 0.11: NO GPU KERNEL WAS COMPILED",
 )
-
-
-def activations(m, k, outliers, seed=0):
-    """Magnitudes below 3, and 8 or more in at least one row of each outlier column."""
-    r = np.random.default_rng(seed)
-    x = np.clip(r.normal(size=(m, k)), -3, 3)
-    x[0, outliers] = 8.0 + np.arange(len(outliers))
-    return jnp.asarray(x, jnp.bfloat16)
-
-
-def weight(n, k, seed=1):
-    r = np.random.default_rng(seed)
-    codes = jnp.asarray(r.integers(-127, 128, (n, k)), jnp.int8)
-    return codes, jnp.asarray(r.uniform(0.5, 2.0, (1, n)), jnp.float32)
-
-
-def wide(array):
-    return np.asarray(array).astype(np.float64)
-
-
-def reference_split(x, columns):
-    """Codes and scales in float64, of x without these columns."""
-    rest = wide(x)
-    rest[:, columns] = 0.0
-    scale = np.abs(rest).max(axis=1, keepdims=True) / 127
-    scale[scale == 0] = 1.0
-    return rest, scale
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 64, 70, 128])
@@ -119,19 +99,6 @@ def test_other_capacities_are_refused(capacity):
         choose_outlier_config(2, 128, 64, H200, capacity)
 
 
-def arguments(m=4, k=128, n=64, outliers=(3, 9), capacity=CAPACITY_UNIT):
-    x = activations(m, k, list(outliers))
-    found = find_outliers(x, capacity=capacity)
-    codes, scale = weight(n, k)
-    return {
-        "x": x,
-        "codes": codes,
-        "scale": scale,
-        "indices": found.indices,
-        "mask": found.mask,
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -175,16 +142,6 @@ def run(given, out_dtype="float32", interpret=True):
     return jax.jit(fn)(given)
 
 
-def expected(given):
-    """In float64 from x and the weight alone, but for how ties of codes are broken."""
-    x, w = wide(given["x"]), wide(given["codes"]) * wide(given["scale"]).T
-    columns = np.asarray(given["indices"])[np.asarray(given["mask"])]
-    rest, scale = reference_split(given["x"], columns)
-    codes = wide(split_outliers(given["x"], given["indices"], given["mask"]).codes)
-    assert np.abs(codes - rest / scale).max() <= 0.5 + 1e-4
-    return (codes * scale) @ w.T + x[:, columns] @ w[:, columns].T
-
-
 @interpreted
 @pytest.mark.parametrize(
     ("m", "k", "n", "count", "capacity"),
@@ -199,7 +156,7 @@ def expected(given):
 def test_both_products_are_those_of_float64(m, k, n, count, capacity):
     outliers = np.random.default_rng(k).permutation(k)[:count]
     given = arguments(m, k, n, outliers, capacity)
-    want = expected(given)
+    want, _ = expected(given)
     got = wide(run(given))
     assert got.shape == (m, n)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
@@ -208,7 +165,7 @@ def test_both_products_are_those_of_float64(m, k, n, count, capacity):
 @interpreted
 def test_results_in_bfloat16_and_nan():
     given = arguments(4, 128, 64)
-    want = expected(given)
+    want, _ = expected(given)
     got = run(given, "bfloat16")
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(wide(got), want, rtol=2**-8, atol=1e-5 * np.abs(want).max())
@@ -221,7 +178,7 @@ def test_results_in_bfloat16_and_nan():
 @pytest.mark.parametrize(("m", "k", "n"), [(16, 4096, 4096), (2048, 4096, 1024), (3, 320, 136)])
 def test_both_products_on_a_chip(m, k, n):
     given = arguments(m, k, n, np.random.default_rng(m).permutation(k)[:50])
-    want = expected(given)
+    want, _ = expected(given)
     got = wide(run(given, interpret=False))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 

@@ -30,7 +30,7 @@ from jaxquant.pallas_kernels.gpu.ragged import (  # noqa: E402
     ragged_matmul,
 )
 from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem, Unsupported  # noqa: E402
-from tests.pallas_kernels.gpu import cases  # noqa: E402
+from tests.pallas_kernels.gpu import ragged_cases  # noqa: E402
 
 H200 = CHIPS["H200"]
 
@@ -38,37 +38,21 @@ H200 = CHIPS["H200"]
 def check(product: MatmulProblem, sizes, config: GpuConfig, seed=0):
     """Each expert is a case of its own; its rows of the result are that case's."""
     p = RaggedProblem(product, len(sizes))
-    each = [cases.make(product, seed + e) for e in range(len(sizes))]
-    shared = {n: each[0].arrays[n] for n in ("x", "x_scale") if n in each[0].arrays}
-    stacked = {
-        n: jnp.stack([jnp.asarray(c.arrays[n]) for c in each])
-        for n in ("codes", "scale", "zero_point")
-        if n in each[0].arrays
-    }
+    case = ragged_cases.make(product, sizes, seed)
+    arrays = dict(case.arrays)
+    table = arrays.pop("table", None)
     staged = dataclasses.replace(config, staged=config.reading != "direct")
 
-    def fn(arrays, sizes):
-        return ragged_matmul(
-            **arrays,
-            group_sizes=sizes,
-            problem=p,
-            config=staged,
-            table=each[0].arrays.get("table"),
-            interpret=plgpu.InterpretGPUParams(),
-        )
+    def fn(arrays):
+        interpret = plgpu.InterpretGPUParams()
+        return ragged_matmul(**arrays, problem=p, config=staged, table=table, interpret=interpret)
 
-    got = np.asarray(jax.jit(fn)(shared | stacked, jnp.asarray(sizes, jnp.int32)), np.float64)
+    got = np.asarray(jax.jit(fn)(arrays), np.float64)
     assert got.shape == (product.m, product.n)
-    tolerance, at = 2.0**-8 if config.scale == "before" else 1e-5, 0
-    x = np.asarray(jnp.asarray(shared["x"]).astype(jnp.float32), np.float64)
-    x = x * np.asarray(shared.get("x_scale", np.ones((1, 1))), np.float64)
-    for case, size in zip(each, sizes, strict=True):
-        rows = x[at : at + size]
-        want, reach = rows @ case.weight, np.abs(rows) @ np.abs(case.weight)
-        error = np.abs(got[at : at + size] - want)
-        assert (error <= tolerance * (1 + reach)).all(), error.max()
-        at += size
-    assert not got[at:].any()
+    tolerance = 2.0**-8 if config.scale == "before" else 1e-5
+    error = np.abs(got - case.want)
+    assert (error <= tolerance * (1 + case.scale_of_errors)).all(), error.max()
+    assert not got[sum(sizes) :].any()
 
 
 @st.composite
