@@ -25,6 +25,7 @@ from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES, SHUFFLED
+from jaxquant.pallas_kernels.tpu.stream import PARTS
 
 Refs = dict[str, Any]
 
@@ -63,6 +64,10 @@ def _write(ref: Any, value: jax.Array) -> None:
     ref[...] = value
 
 
+def _all_there(part: int) -> None:
+    """Nothing to wait for: Pallas brought the whole block."""
+
+
 def matmul_body(
     refs: Refs,
     problem: MatmulProblem,
@@ -70,6 +75,7 @@ def matmul_body(
     step: Any,
     new_rows: Any,
     write: Callable[[Any, jax.Array], None] = _write,
+    await_part: Callable[[int], None] = _all_there,
 ) -> None:
     """One step of the grid, whose last axis runs over blocks of contracted values.
 
@@ -84,6 +90,7 @@ def matmul_body(
       step: index of the block of contracted values.
       new_rows: whether the rows of x may be others than at the last step of the same core.
       write: `(out, values)` writes what is finished, some columns at a time.
+      await_part: waits for one of `stream.PARTS` parts of the block of codes; called once for each.
     """
     cut = Chunks.make(problem, config)
     if "laid_out" in refs or "sums" in refs:
@@ -97,7 +104,8 @@ def matmul_body(
     starts = _strips(config, cut)
     for start, end in zip(starts, [*starts[1:], config.bn]):
         strip = dataclasses.replace(config, bn=end - start)
-        _multiply_strip(_columns(refs, start, strip.bn), problem, strip, cut, step, write)
+        waiting = _all_there if start else await_part
+        _multiply_strip(_columns(refs, start, strip.bn), problem, strip, cut, step, write, waiting)
 
 
 def _strips(config: MatmulConfig, cut: Chunks) -> list[int]:
@@ -131,6 +139,7 @@ def _multiply_strip(
     cut: Chunks,
     step: Any,
     write: Callable[[Any, jax.Array], None],
+    await_part: Callable[[int], None],
 ) -> None:
     if "words" in refs:
         words = pltpu.bitcast(refs["codes"][...], jnp.uint32)
@@ -140,7 +149,7 @@ def _multiply_strip(
     if config.scale == "end":
         total = _end(refs, problem, config, cut)
     elif config.scale == "after":
-        total = _after(refs, problem, config, cut, step)
+        total = _after(refs, problem, config, cut, step, await_part)
     else:
         total = _before(refs, problem, config, cut, step)
     if "acc" not in refs:
@@ -271,13 +280,21 @@ def _end(refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks) 
 
 
 def _after(
-    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
+    refs: Refs,
+    problem: MatmulProblem,
+    config: MatmulConfig,
+    cut: Chunks,
+    step: Any,
+    await_part: Callable[[int], None],
 ) -> jax.Array:
     bm, total = config.bm, None
+    part_of = {i * cut.count // PARTS: i for i in range(PARTS)}
     first = step * config.bk // problem.group
     for c in range(0, cut.count, cut.per_group):
         part = sums = None
         for i in range(c, c + cut.per_group):
+            if i in part_of:
+                await_part(part_of[i])
             more = dot(_x_chunk(refs, config, cut, i), _operand(refs, problem, config, cut, i))
             part = more if part is None else part + more
             if "sums" in refs:

@@ -63,7 +63,7 @@ def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
       Bytes. The compiler's own figure is in `benchmarks/tpu_static.py`.
     """
     c, p = config, problem
-    bits = STORAGE[p.codes][1]
+    bits = 8 if c.stream else STORAGE[p.codes][1]  # scratch holds an int4 code a byte
     blocks = c.bm * c.bk * dtype_bytes(p.x_dtype) + c.bk * c.bn * bits // 8
     blocks += 4 * c.bn * max(8, p.groups) * (1 + p.zero_point)
     blocks += c.bm * c.bn * dtype_bytes(p.out_dtype) * (1 + p.gate + p.residual)

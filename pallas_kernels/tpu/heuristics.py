@@ -29,6 +29,7 @@ from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, Reading, ScaleTime, vmem_bytes
 from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
+from jaxquant.pallas_kernels.tpu.stream import PARTS
 
 # Up to this many rows x stays whole and the weight streams.
 DECODE_ROWS = 64
@@ -44,6 +45,9 @@ _ROWS_WORTH_READING = 48
 _MOST_DEPTH = 16384
 _STEP_BYTES = 2 * 2**20
 _MIB = 2**20
+# Kernels that fetch their codes themselves: up to so many rows, on these chips.
+_STREAM_ROWS = 16
+_STREAMS = ("v5e", "v6e")
 
 
 def choose_config(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
@@ -182,7 +186,11 @@ def _targets(
     if problem.m <= DECODE_ROWS:
         columns = 8 * _STEP_BYTES // STORAGE[problem.codes][1] // min(problem.k, 4096)
         columns = min(max(columns // 256 * 256, 256), 1024)
-        return (problem.m, columns, 4096), (problem.m, 256, 2048), (problem.m, 128, 1024)
+        blocks = [(columns, 4096), (256, 2048), (128, 1024)]
+        if problem.k > 4096 and chip.cores == 1:
+            deep = 2 * columns * 4096 // problem.k // 256 * 256
+            blocks.insert(0, (min(max(deep, 256), 1024), _MOST_DEPTH))
+        return tuple((problem.m, *block) for block in blocks)
     # Whole columns of a block's k where they fit: sums then stay in the matrix units' queue.
     if chip.vmem_bytes <= 16 * _MIB:
         return (256, 512, 2048), (256, 256, 2048), (256, 256, 512), (64, 128, 256)
@@ -208,12 +216,21 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
         Chunks.make(p, config)
     except ValueError as uneven:
         raise Unsupported(str(uneven)) from None
+    config = dataclasses.replace(config, stream=_streams(p, config, chip))
     needed = vmem_bytes(p, config)
     limit = int(chip.vmem_bytes * 0.9)
     if needed > limit:
         return None
     allowed = min(limit, max(16 * _MIB, _up(needed + needed // 2, _MIB)))
     return dataclasses.replace(config, vmem_limit_bytes=allowed)
+
+
+def _streams(problem: MatmulProblem, config: MatmulConfig, chip: Chip) -> bool:
+    """Whether fetching codes itself is possible for a kernel, and pays."""
+    p, c = problem, config
+    few = c.bm == _STREAM_ROWS >= p.m and c.bk == p.k and p.n % c.bn == 0 and c.scale == "after"
+    alone = p.group >= LANES and p.groups % PARTS == 0 and not c.parallel
+    return few and alone and p.codes == "int4" and chip.name in _STREAMS
 
 
 def _block_of_k(k: int, granule: int, most: int) -> int:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import E2M1, PACKED, STORAGE, MatmulProblem
+from jaxquant.pallas_kernels.tpu import stream
 from jaxquant.pallas_kernels.tpu.body import matmul_body, scratch_shapes
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.lookup import TABLE_ROWS, table_rows
@@ -78,13 +79,20 @@ def quantized_matmul(
     }
     operands = kernel_operands(given, table, problem, config)
     rows = max(problem.m, config.bm)
+    grid = pl.cdiv(rows, config.bm), pl.cdiv(problem.n, config.bn), problem.k // config.bk
     scratch = scratch_shapes(problem, config)
+    if config.stream:
+        scratch |= stream.scratch(problem.code_rows, config.bn, codes.dtype)
     everything = (*operands, "out", *scratch)
 
     def kernel(*refs: Any) -> None:
         new_rows = True if config.parallel else pl.program_id(1) == 0
         named = dict(zip(everything, refs, strict=True))
-        matmul_body(named, problem, config, pl.program_id(2), new_rows)
+        if not config.stream:
+            matmul_body(named, problem, config, pl.program_id(2), new_rows)
+            return
+        named, await_part = stream.fetch(named, pl.program_id(1), grid[1])
+        matmul_body(named, problem, config, 0, new_rows, await_part=await_part)
 
     specs = block_specs(
         problem,
@@ -93,10 +101,12 @@ def quantized_matmul(
         columns=lambda i, j, k: j,
         depth=lambda i, j, k: k,
     )
+    if config.stream:
+        specs["codes"] = pl.BlockSpec(memory_space=pltpu.HBM)
     shared: Any = "parallel" if config.parallel else "arbitrary"
     out = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(rows, config.bm), pl.cdiv(problem.n, config.bn), problem.k // config.bk),
+        grid=grid,
         in_specs=[specs[name] for name in operands],
         out_specs=specs["out"],
         out_shape=jax.ShapeDtypeStruct((rows, problem.n), jnp.dtype(problem.out_dtype)),

@@ -43,6 +43,29 @@ def test_sums_stay_in_the_matrix_units(k, depth):
             assert config.vmem_limit_bytes <= CHIPS[chip].vmem_bytes * 0.9
 
 
+def test_few_rows_take_all_of_k_at_once():
+    for k, columns in ((4096, 1024), (8192, 1024), (14336, 512)):
+        config = by_rules(dataclasses.replace(INT4, k=k), CHIPS["v6e"])
+        assert (config.bn, config.bk) == (columns, k)
+
+
+@pytest.mark.parametrize(
+    ("change", "stream"),
+    [
+        ({}, True),
+        ({"m": 64}, False),
+        ({"n": 4096 + 96}, False),
+        ({"group": 32}, False),
+        ({"codes": "int8"}, False),
+    ],
+    ids=str,
+)
+def test_who_fetches_the_codes(change, stream):
+    problem = dataclasses.replace(INT4, **change)
+    assert by_rules(problem, CHIPS["v6e"]).stream is stream
+    assert not by_rules(problem, CHIPS["v5p"]).stream
+
+
 def test_v4_leaves_int8_to_xla():
     problem = dataclasses.replace(INT4, codes="int8")
     with pytest.raises(Unsupported, match="int8 codes are converted in so many steps on v4"):

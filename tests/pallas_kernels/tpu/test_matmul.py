@@ -162,6 +162,18 @@ def test_no_races(reading, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("reading", ["cast", "bits"])
+@pytest.mark.parametrize("columns", [256, 768])
+def test_codes_fetched_by_the_kernel(columns, reading, capfd):
+    """One block of columns and three: each half is there when it is multiplied."""
+    problem = MatmulProblem(5, 512, columns, "int4", "bfloat16", 128, True, out_dtype="float32")
+    blocks = BLOCKS | {"bn": 256, "bk": 512}
+    config = MatmulConfig(scale="after", reading=reading, stream=True, **blocks)
+    check(problem, config)
+    check(problem, config, interpret=pltpu.InterpretParams(detect_races=True))
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
 def test_float32_x_counts_as_bfloat16():
     problem = MatmulProblem(8, 256, 128, "int8", out_dtype="float32")
     config = choose_config(problem, CHIPS["v5e"])
