@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+GREATEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 # Ranges below this count as zero: the reciprocal of their scale would overflow float32.
 SMALLEST_RANGE = 2.0**-100
 # Adding 1.5 * 2**23 leaves a float32's value, rounded half to even, in its low mantissa bits.
@@ -30,7 +30,7 @@ class ActQuant:
     """How an activation becomes codes.
 
     Attributes:
-      dtype: dtype name of the codes: "int8", "float8_e4m3fn" or "float8_e5m2".
+      dtype: dtype name of the codes: "int8", "int4", "float8_e4m3fn" or "float8_e5m2".
       reduce_axes: axes of x that share one scale: the contracted ones for a scale per token,
         all of them for a scale per tensor.
       static: the scale is given, not measured.
@@ -44,6 +44,11 @@ class ActQuant:
         if self.dtype not in GREATEST:
             raise ValueError(f"activations become one of {list(GREATEST)}, not {self.dtype!r}")
 
+    @property
+    def integer(self) -> bool:
+        """Whether codes are integers: all are exact in int8."""
+        return self.dtype.startswith("int")
+
     def behind_new_axis(self) -> ActQuant:
         """The same scheme after an axis, with scales of its own, was put in front of x."""
         return dataclasses.replace(self, reduce_axes=tuple(a + 1 for a in self.reduce_axes))
@@ -54,9 +59,10 @@ def quantize_activation(
 ) -> tuple[jax.Array, jax.Array]:
     """Symmetric codes and scales of `x`, with `x ~ codes * scale`.
 
-    int8 codes are `round(x / scale)`, half to even, within -127..127; a scale is the largest
-    magnitude over 127 (448 for float8_e4m3fn, 57344 for float8_e5m2). A scale of zeros is tiny
-    and positive. NaN and infinities make every output that depends on them NaN or infinite.
+    Integer codes are `round(x / scale)`, half to even, within -127..127 (int4: -7..7); a scale is
+    the largest magnitude over 127 (7 for int4, 448 for float8_e4m3fn, 57344 for float8_e5m2). A
+    scale of zeros is tiny and positive. NaN and infinities make every output that depends on them
+    NaN or infinite.
 
     Args:
       x: floats, any shape.
@@ -88,8 +94,8 @@ def quantize_activation(
     if act.static:  # a measured range holds all values, up to what rounding takes back
         limit = np.asarray(greatest, compute)
         scaled = lax.clamp(-limit, scaled, limit)
-    if act.dtype == "int8":
-        return _round_to_int8(scaled), scale
+    if act.integer:
+        return _round_to_int8(scaled).astype(act.dtype), scale
     return scaled.astype(act.dtype), scale
 
 

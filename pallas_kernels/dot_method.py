@@ -97,7 +97,7 @@ def choose_dot(
         if few and block > 1:
             return DotChoice(DotMethod.GROUPS, f"group scales ({shown}), only {rows} rows")
         return DotChoice(DotMethod.DEQUANTIZE, f"group scales ({shown}), {rows} rows")
-    if act.dtype != "int8" or not _integer(w_dtype):
+    if not (act.integer and _integer(w_dtype)):
         return DotChoice(DotMethod.DEQUANTIZE, f"group scales ({shown}); {_mixed(w_dtype, act)}")
     if not SHORTEST_INTEGER_GROUP <= block <= MOST_INT32_TERMS:
         length = "short" if block < SHORTEST_INTEGER_GROUP else "long"
@@ -113,11 +113,11 @@ def _one_scale_a_column(terms: int, w_dtype: np.dtype, act: ActQuant | None) -> 
         return DotChoice(
             DotMethod.CODES, "scales are constant over contracted axes: the output takes them"
         )
-    if act.dtype == "int8" and _integer(w_dtype):
+    if act.integer and _integer(w_dtype):
         if terms > MOST_INT32_TERMS:
             return DotChoice(DotMethod.CODES, f"sums of {terms} products could overflow int32")
         return DotChoice(DotMethod.INT8, "integer codes on both sides, int32 sums")
-    if act.dtype != "int8" and w_dtype.itemsize == 1 and not _integer(w_dtype):
+    if not act.integer and w_dtype.itemsize == 1 and not _integer(w_dtype):
         return DotChoice(DotMethod.FP8, "8-bit floats on both sides, float32 sums")
     return DotChoice(DotMethod.CODES, _mixed(w_dtype, act))
 

@@ -6,8 +6,8 @@ floats out of a table) with `w = (values - zero_point) * scale`, blockwise.
 
 The rules: a scale that is constant over the contracted axes multiplies the output; one that
 varies only along them multiplies the input; group scales multiply partial sums, or the weight
-before a float dot. int8 activations meet integer codes in an integer dot with int32 sums, where
-a zero point costs one sum over each row of x and is exact. `choose_dot` picks the form.
+before a float dot. int8 and int4 activations meet integer codes in a dot of int8 with int32 sums,
+where a zero point costs one sum over each row of x and is exact. `choose_dot` picks the form.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def _integer_dot(
     zero_point: jax.Array | None,
     axes: DotAxes,
 ) -> jax.Array:
-    """int8 codes times integer codes, with the weight's scales applied; the weight on the right."""
-    operands = codes, values.astype(jnp.int8), scale, zero_point
+    """Integer codes on both sides, with the weight's scales applied; the weight on the right."""
+    operands = codes.astype(jnp.int8), values.astype(jnp.int8), scale, zero_point
     if method is DotMethod.INT8:
         return _scaled_integer_dot(operands, axes)
     groups = _by_group(operands, scale.shape, axes)

@@ -39,8 +39,9 @@ def dot_of_activations(
     lhs_codes, lhs_scale = quantize_activation(lhs, lhs_act)
     rhs_codes, rhs_scale = quantize_activation(rhs, rhs_act)
     wide = jnp.promote_types(lhs_scale.dtype, rhs_scale.dtype)
-    if lhs_act.dtype == "int8":
-        sums = int32_dot(lhs_codes, rhs_codes, axes).astype(wide)
+    if lhs_act.integer:
+        codes = lhs_codes.astype(jnp.int8), rhs_codes.astype(jnp.int8)
+        sums = int32_dot(*codes, axes).astype(wide)
     else:
         sums = plain_dot(
             lhs_codes.astype(jnp.bfloat16), rhs_codes.astype(jnp.bfloat16), axes, None, wide

@@ -54,7 +54,7 @@ def choose_linear(
         return LinearChoice(LinearMethod.DEQUANTIZE, "scales vary over what is summed")
     if act is None:
         return LinearChoice(LinearMethod.CODES, scales)
-    if act.dtype != "int8" or not jnp.issubdtype(w_dtype, jnp.integer):
+    if not (act.integer and jnp.issubdtype(w_dtype, jnp.integer)):
         reason = f"{act.dtype} activations meet {w_dtype} codes: multiplied as floats"
         return LinearChoice(LinearMethod.CODES, reason)
     if zero_points:
@@ -209,7 +209,7 @@ def _quantized(
             )
         static = input_scale.reshape((1,) * x.ndim)
     codes, x_scale = quantized_x or quantize_activation(x, act, static)
-    return codes if method is LinearMethod.INT8 else codes.astype(x.dtype), x_scale
+    return codes.astype(jnp.int8 if method is LinearMethod.INT8 else x.dtype), x_scale
 
 
 def _multiply(

@@ -21,7 +21,7 @@ from jaxquant.core.blocks import map_blocks
 from jaxquant.core.codes import code_values, encode
 from jaxquant.core.primitives.activation import quantize_activation
 from jaxquant.core.qtypes import QType
-from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.activation import GREATEST, ActQuant
 
 
 class Grid(NamedTuple):
@@ -137,7 +137,7 @@ def _fake_activation_jvp(
     moved = tangents[0].astype(values.dtype) / scale
     if static_scale is None:
         return (values, scale), (moved, jnp.zeros_like(scale))
-    high = act_limit(act) + (0.5 if act.dtype == "int8" else _half_step(act.dtype, act_limit(act)))
+    high = act_limit(act) + (0.5 if act.integer else _half_step(act.dtype, act_limit(act)))
     inside = jnp.abs(x.astype(values.dtype) / scale) <= high
     ratio = jnp.where(inside, x, 0).astype(values.dtype) / scale
     grown = jnp.broadcast_to(tangents[1].astype(values.dtype), scale.shape)
@@ -146,7 +146,7 @@ def _fake_activation_jvp(
 
 def act_limit(act: ActQuant) -> float:
     """The largest code of an activation."""
-    return 127.0 if act.dtype == "int8" else float(jnp.finfo(act.dtype).max)
+    return GREATEST[act.dtype]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -286,6 +286,8 @@ def _presets() -> dict[str, Recipe]:
         "w4a8": _preset(int4(range="mse"), token, embed=rows),
         "w4a8_g128": _preset(int4(group_size=128), token, embed=rows),
         "w4a8_g64": _preset(int4(group_size=64), token, embed=rows),
+        "w4a4": _preset(int4(range="mse"), ActScheme("int4"), embed=rows),
+        "w4a4_g128": _preset(int4(group_size=128), ActScheme("int4"), embed=rows),
         "nf4": _preset(WeightScheme("nf4"), embed=rows),
         "mxfp4": _preset(WeightScheme("mxfp4"), embed=rows),
         "nvfp4": _preset(WeightScheme("nvfp4"), embed=rows),

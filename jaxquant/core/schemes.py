@@ -108,7 +108,7 @@ class ActScheme:
     """What an op does with its input before it meets a quantized weight.
 
     Attributes:
-      qtype: name of a qtype of 8 bits: "int8", "float8_e4m3" or "float8_e5m2".
+      qtype: name of a qtype: "int8", "int4", "float8_e4m3" or "float8_e5m2".
       granularity: "token" (a scale for every row of contracted values) or "tensor".
       mode: "dynamic" (the range is taken from the values at hand) or "static" (taken once from
         calibration data and stored beside the weight; "tensor" only).
@@ -123,7 +123,7 @@ class ActScheme:
     percentile: float = 99.9
 
     def __post_init__(self) -> None:
-        _choose("qtype", self.qtype, Literal["int8", "float8_e4m3", "float8_e5m2"])
+        _choose("qtype", self.qtype, Literal["int8", "int4", "float8_e4m3", "float8_e5m2"])
         _choose("mode", self.mode, Mode)
         if self.granularity is None:
             object.__setattr__(self, "granularity", "tensor" if self.mode == "static" else "token")

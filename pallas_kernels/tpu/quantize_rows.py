@@ -29,7 +29,7 @@ def quantize_rows(
 
     Args:
       x: [m, k], bfloat16 or float32.
-      dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
+      dtype: "int8", "int4", "float8_e4m3fn" or "float8_e5m2".
       parallel: rows are shared out among several cores (megacore).
       interpret: as for pl.pallas_call.
 
@@ -52,9 +52,9 @@ def quantize_rows(
         reach = jnp.maximum(reach, np.float32(SMALLEST_RANGE))
         scale_ref[...] = reach * np.float32(1 / greatest)
         scaled = values * (greatest / reach)
-        if dtype == "int8":
+        if dtype.startswith("int"):
             bits = lax.bitcast_convert_type(scaled + ROUNDER, jnp.int32)
-            codes_ref[...] = (bits - np.int32(ROUNDER.view(np.int32))).astype(jnp.int8)
+            codes_ref[...] = (bits - np.int32(ROUNDER.view(np.int32))).astype(dtype)
         else:
             codes_ref[...] = scaled.astype(dtype)
 

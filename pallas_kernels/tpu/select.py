@@ -99,7 +99,8 @@ def _quantizer(problem: MatmulProblem, config: MatmulConfig) -> Any:
 
 
 def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
-    if problem.groups == 1 and problem.codes not in (*PACKED, "table4"):
+    fused = problem.codes not in (*PACKED, "table4") and not _int4(problem, chip)
+    if problem.groups == 1 and fused:
         raise Unsupported("one scale a column: XLA fuses the conversion of codes into its own dot")
     if problem.m > AFTER_ROWS and chip.mxu_dtypes == ("bfloat16",):
         raise Unsupported(
@@ -113,10 +114,18 @@ def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
         )
 
 
+def _int4(problem: MatmulProblem, chip: Chip) -> bool:
+    """Whether the matrix units multiply int4 by int4, which XLA's route does in int8."""
+    return problem.x_dtype == problem.codes == "int4" and "int4" in chip.mxu_dtypes
+
+
 def _why(problem: MatmulProblem, config: MatmulConfig) -> str:
-    rows = f"{problem.m} rows"
-    if config.scale == "after":
-        return f"groups of {problem.group}, {rows}: scales meet each group's sums"
-    if config.scale == "before":
-        return f"groups of {problem.group}, {rows}: scales meet the weight, in blocks on the chip"
-    return f"one scale a column, {problem.codes} codes unpacked on the chip"
+    rows = f"groups of {problem.group}, {problem.m} rows"
+    why = {
+        "after": f"{rows}: scales meet each group's sums",
+        "before": f"{rows}: scales meet the weight, in blocks on the chip",
+        "end": f"one scale a column, {problem.codes} codes unpacked on the chip",
+    }[config.scale]
+    if problem.x_dtype == "int4" and config.operand != "int4":
+        why += f"; int4 inputs are multiplied as {config.operand}"
+    return why

@@ -37,7 +37,7 @@ def trained():
 # With a scale a channel the sums are of integers and the same bit by bit; else they are rounded.
 @pytest.mark.parametrize(
     ("recipe", "limit"),
-    [("w8a8", 0), ("w4a8", 0), ("w4a16_g64", 1e-4)],
+    [("w8a8", 0), ("w4a8", 0), ("w4a4", 1e-4), ("w4a16_g64", 1e-4)],
 )
 def test_the_trained_model_computes_what_ptq_gives(trained, recipe, limit):
     (model, variables), tokens = trained

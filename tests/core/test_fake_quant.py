@@ -76,12 +76,13 @@ def test_zero_points(name):
     assert not inside.all()
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn", "float8_e5m2"])
 def test_activations(dtype):
     x = W.T
     ct = CT.T
     token = ActQuant(dtype, (1,))
-    limit = 127 if dtype == "int8" else float(jnp.finfo(dtype).max)
+    whole = {"int8": 127, "int4": 7}
+    limit = whole.get(dtype) or float(jnp.finfo(dtype).max)
 
     def product(act, *scale):
         def quantized(x, *scale):
@@ -93,7 +94,7 @@ def test_activations(dtype):
     out, pull = product(token)
     scale = np.abs(np.asarray(x, np.float64)).max(1, keepdims=True) / limit
     exact = np.asarray(x, np.float64) / scale
-    if dtype == "int8":
+    if dtype in whole:
         np.testing.assert_allclose(out, np.round(exact) * scale, rtol=1e-5, atol=1e-6)
     assert 0 < np.abs(np.asarray(out) - x).max() <= np.abs(x).max() / 6
     np.testing.assert_allclose(pull(ct)[0], ct, rtol=1e-5)
@@ -101,7 +102,7 @@ def test_activations(dtype):
     static = jnp.full((1, 1), 0.5 * np.abs(x).max() / limit)
     out, pull = product(ActQuant(dtype, (0, 1), static=True), static)
     y = np.asarray(x, np.float64) / float(static[0, 0])
-    half = 0.5 if dtype == "int8" else float(jnp.finfo(dtype).eps) * 2.0 ** int(np.log2(limit)) / 2
+    half = 0.5 if dtype in whole else float(jnp.finfo(dtype).eps) * 2.0 ** int(np.log2(limit)) / 2
     inside = np.abs(y) <= limit + half
     assert 0 < inside.mean() < 1
     dx, ds = pull(ct)

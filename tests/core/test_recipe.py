@@ -81,7 +81,7 @@ def test_weightless_products_need_a_rule_that_names_them():
         (lambda: WeightScheme("mxfp4", group_size=64), "groups of 32"),
         (lambda: WeightScheme("mxfp4", granularity="channel"), "groups of 32"),
         (lambda: WeightScheme(percentile=0.0), "percentile"),
-        (lambda: ActScheme("int4"), "int8"),
+        (lambda: ActScheme("int3"), "int4"),
         (lambda: ActScheme(granularity="token", mode="static"), "static"),
     ],
 )

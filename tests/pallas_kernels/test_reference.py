@@ -38,7 +38,7 @@ def test_float_activations(problem):
 @given(
     problem=oracle.problems(),
     per_tensor=st.booleans(),
-    dtype=st.sampled_from(["int8", "float8_e4m3fn"]),
+    dtype=st.sampled_from(["int8", "int4", "float8_e4m3fn"]),
     on_cpu=st.booleans(),
 )
 def test_quantized_activations(problem, per_tensor, dtype, on_cpu):
@@ -63,12 +63,12 @@ def _fixed(scale_shape, zero_point=None):
     )
 
 
-INT8, FP8 = ActQuant("int8", (2,)), ActQuant("float8_e4m3fn", (2,))
+INT8, INT4, FP8 = (ActQuant(dtype, (2,)) for dtype in ("int8", "int4", "float8_e4m3fn"))
 METHODS = {
-    DotMethod.INT8: [(INT8, (1, 4)), (INT8, (1, 1))],
-    DotMethod.INT8_GROUPS: [(INT8, (2, 4)), (INT8, (8, 1))],
-    DotMethod.INT8_LOOP: [(INT8, (2, 4)), (INT8, (8, 1))],
-    DotMethod.CODES: [(None, (1, 4)), (INT8, (1, 2)), (FP8, (1, 4))],
+    DotMethod.INT8: [(INT8, (1, 4)), (INT4, (1, 4)), (INT8, (1, 1))],
+    DotMethod.INT8_GROUPS: [(INT8, (2, 4)), (INT4, (2, 4)), (INT8, (8, 1))],
+    DotMethod.INT8_LOOP: [(INT8, (2, 4)), (INT4, (2, 4)), (INT8, (8, 1))],
+    DotMethod.CODES: [(None, (1, 4)), (INT8, (1, 2)), (INT4, (1, 2)), (FP8, (1, 4))],
     DotMethod.SCALED_INPUT: [(None, (16, 1)), (None, (4, 1))],
     DotMethod.GROUPS: [(None, (2, 4)), (None, (4, 1))],
     DotMethod.DEQUANTIZE: [(None, (2, 4)), (INT8, (16, 4)), (FP8, (1, 2))],

@@ -23,6 +23,7 @@ from tests.pallas_kernels import dot_oracle as oracle
 
 MATMUL = (((1,), (0,)), ((), ()))
 DYNAMIC = ActScheme()
+INT4 = ActScheme("int4")
 QTYPES = [
     "int8",
     "int4",
@@ -88,7 +89,7 @@ def test_value_and_gradient_for_any_dimension_numbers(problem):
 
 
 @pytest.mark.parametrize("qtype", QTYPES)
-@pytest.mark.parametrize("act", [None, DYNAMIC, ActScheme("float8_e4m3")], ids=str)
+@pytest.mark.parametrize("act", [None, DYNAMIC, INT4, ActScheme("float8_e4m3")], ids=str)
 def test_every_qtype(qtype, act):
     w = _quantized(qtype, (64, 24), act)
     x = random(2, 12, 64)
@@ -118,6 +119,15 @@ def test_codes_by_definition():
     np.testing.assert_allclose(scale[:2, 0], [1.0, 2e-3 / 127], rtol=1e-6)
     np.testing.assert_array_equal(codes[0], [0, 1, -127, 64, 0])  # half to even
     np.testing.assert_array_equal(codes[1:], [[64, -127, 32, 0, 0], [0, 0, 0, 0, 0]])
+    x = jnp.asarray([[0.0, 7.0, -6.5, 5.5, -0.5, 20.0], [1e-3, -2e-3, 5e-4, 0, 0, 0]])
+    codes, scale = quantize_activation(x, act_quant(INT4, 2, (1,)))
+    assert codes.dtype == jnp.int4
+    np.testing.assert_allclose(scale[:, 0], [20 / 7, 2e-3 / 7], rtol=1e-6)
+    want = [[0, 2, -2, 2, 0, 7], [4, -7, 2, 0, 0, 0]]
+    np.testing.assert_array_equal(codes.astype(jnp.int8), want)
+    static = act_quant(ActScheme("int4", mode="static"), 2, (1,))
+    codes, _ = quantize_activation(x, static, static_scale=jnp.ones((1, 1)))
+    np.testing.assert_array_equal(codes[0].astype(jnp.int8), [0, 7, -6, 6, 0, 7])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

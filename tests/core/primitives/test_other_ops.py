@@ -165,24 +165,25 @@ def test_dequantize_has_no_gradient():
 # --- quantized inputs ----------------------------------------------------------------------------
 
 
-def rounded(x, axes):
-    """What int8 makes of x, with one scale over these axes, in float64."""
+def rounded(x, axes, limit=127):
+    """What int8 (int4: limit 7) makes of x, with one scale over these axes, in float64."""
     x = np.asarray(x, np.float64)
-    scale = np.abs(x).max(axis=axes, keepdims=True) / 127
+    scale = np.abs(x).max(axis=axes, keepdims=True) / limit
     return np.round(x / scale) * scale
 
 
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("granularity", ["token", "tensor"])
-def test_conv_of_int8_inputs(name, granularity):
+def test_conv_of_integer_inputs(name, granularity):
     """Integer products: exact but for the scales. "token" is an image."""
     x, kernel, block, options = _conv(name)
     x = x * jnp.arange(1.0, len(x) + 1)[:, None, None, None]
-    act = ActScheme(granularity=granularity)
+    qtype, limit = ("int4", 7) if name == "same" else ("int8", 127)
+    act = ActScheme(qtype, granularity=granularity)
     w = quantize_array(kernel, "int8", block).replace(act=act)
     fn = jax.jit(lambda x: quantized_conv_general_dilated(x, w, **options))
     images = granularity == "token" and "batch_group_count" not in options
-    floats = rounded(x, (1, 2, 3) if images else None)
+    floats = rounded(x, (1, 2, 3) if images else None, limit)
     with jax.enable_x64(True):
         values = np.asarray(w.codes, np.float64) * np.asarray(w.scale, np.float64)
         want = np.asarray(lax.conv_general_dilated(floats, values, **options))

@@ -27,6 +27,7 @@ ACTS = [
     ActScheme(granularity="tensor"),
     ActScheme("float8_e4m3"),
     ActScheme(mode="static"),
+    ActScheme("int4"),
 ]
 X = jax.random.normal(jax.random.key(0), (6, 32))
 OPTIONS = {

@@ -29,6 +29,7 @@ PROBLEMS = {
     "w4a16, groups of 32": MatmulProblem(16, 512, 512, "int4", group=32),
     "w4a8": MatmulProblem(16, 1024, 1024, **W4A16, **INT8),
     "w4a4": MatmulProblem(64, 512, 512, **W4A16, x_dtype="int4", x_scale=True),
+    "w4a4, 3 rows": MatmulProblem(3, 512, 300, "int4", x_dtype="int4", x_scale=True),
     "prefill w4a4": MatmulProblem(256, 512, 512, "int4", x_dtype="int4", x_scale=True),
     "w8a8": MatmulProblem(16, 1024, 1024, "int8", **INT8),
     "w8a16": MatmulProblem(16, 1024, 1024, "int8", group=64),
@@ -52,6 +53,7 @@ PROBLEMS = {
 EXPERTS = {
     "w4a16 experts": MatmulProblem(16, 512, 512, **W4A16, zero_point=True),
     "w4a8 experts": MatmulProblem(40, 512, 512, **W4A16, **INT8),
+    "w4a4 experts": MatmulProblem(500, 512, 256, "int4", x_dtype="int4", x_scale=True),
     "w2a16 experts": MatmulProblem(16, 512, 256, "int2", group=64),
     "prefill w8a8 experts": MatmulProblem(500, 512, 256, "int8", **INT8),
     "prefill w4a16 experts": MatmulProblem(1024, 512, 512, **W4A16),
@@ -87,7 +89,7 @@ def test_every_kernel_compiles(chip):
     jobs.append(Job("product", "benchmarks.tpu_cases:product", {**product, "qtype": "int4"}))
     channel = {**product, "group": 0, "qtype": "int8"}
     jobs.append(Job("channel", "benchmarks.tpu_cases:product", channel))
-    for dtype in ("int8", "float8_e4m3fn"):
+    for dtype in ("int8", "int4", "float8_e4m3fn"):
         rows = {"m": 130, "k": 1024, "dtype": dtype, "kernel": True}
         jobs.append(Job(f"prefill {dtype}", "benchmarks.tpu_cases:quantize_in_front", rows))
     got = measure(jobs, chip, profile=False)

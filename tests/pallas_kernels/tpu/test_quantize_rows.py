@@ -13,7 +13,7 @@ from jaxquant.pallas_kernels.dispatch import Place, choose
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 
-DTYPES = ["int8", "float8_e4m3fn", "float8_e5m2"]
+DTYPES = ["int8", "int4", "float8_e4m3fn", "float8_e5m2"]
 
 
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
@@ -33,13 +33,13 @@ def test_bit_for_bit(shape, dtype, x_dtype):
     codes = [np.asarray(c.astype(jnp.float32), np.float64) for c in (got[0], want[0])]
     assert (codes[0] != codes[1]).mean() < 1e-4
     values = np.asarray(x.astype(jnp.float32), np.float64)
-    step = {"int8": 0.5, "float8_e4m3fn": 16.0, "float8_e5m2": 4096.0}[dtype]
+    step = {"int8": 0.5, "int4": 0.5, "float8_e4m3fn": 16.0, "float8_e5m2": 4096.0}[dtype]
     assert (np.abs(codes[0] * got[1] - values) <= 1.001 * step * np.asarray(got[1])).all()
 
 
 def test_what_it_takes():
-    with pytest.raises(ValueError, match="not 'int4'"):
-        quantize_rows(jnp.ones((2, 128)), "int4")
+    with pytest.raises(ValueError, match="not 'int2'"):
+        quantize_rows(jnp.ones((2, 128)), "int2")
 
 
 def test_dispatch_puts_it_in_front_of_many_rows():
