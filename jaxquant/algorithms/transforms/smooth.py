@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -161,17 +162,39 @@ def smooth_factors(
         magnitude = np.abs(np.asarray(parameters[weight.path], np.float32))
         rest = tuple(a for a, n in enumerate(numbers.shape) if n == 1)
         np.maximum.at(w, numbers, magnitude.max(axis=rest, keepdims=True))
-        seen = np.asarray(statistics[weight.path][STATISTIC])
-        if seen.size != numbers.size:
+        seen = _at_weight(
+            np.asarray(statistics[weight.path][STATISTIC]), magnitude.shape, numbers.shape
+        )
+        if seen is None:
             raise ValueError(
-                f"the input of {weight.path!r} has {seen.shape} channels in its statistics and "
+                f"the statistics of the input of {weight.path!r} are of other channels than "
                 f"{numbers.shape} in the program: leave it out (jaxquant.smooth: only=; a recipe: "
                 "a rule with transforms=False)"
             )
-        np.maximum.at(x, numbers, seen.reshape(numbers.shape))
+        np.maximum.at(x, numbers, seen)
     with np.errstate(divide="ignore", invalid="ignore"):
         factors = np.maximum(x**alpha / w ** (1 - alpha), 1e-5)
     return np.where((x > 0) & (w > 0), factors, 1.0)[1:]
+
+
+def _at_weight(seen: Array, weight: Sequence[int], numbers: Sequence[int]) -> Array | None:
+    """Statistics laid out over a weight's axes; the largest over experts that share a factor.
+
+    Args:
+      seen: magnitudes, of layers, experts and channels, in the order of the weight's axes.
+      weight: shape of the weight.
+      numbers: shape of its factors: axes of the weight, or of size one.
+
+    Returns:
+      An array of the shape ``numbers``, or None where the statistics are of other channels.
+    """
+    if seen.size == math.prod(numbers):
+        return seen.reshape(numbers)
+    for axis, (whole, own) in enumerate(zip(weight, numbers, strict=True)):
+        full = [*numbers[:axis], whole, *numbers[axis + 1 :]]
+        if own == 1 and [n for n in full if n > 1] == [n for n in seen.shape if n > 1]:
+            return seen.reshape(full).max(axis=axis, keepdims=True)
+    return None
 
 
 def _weights(group: ChannelGroup) -> tuple[Absorber, ...]:

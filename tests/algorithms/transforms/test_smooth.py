@@ -97,9 +97,7 @@ def test_the_factors_are_those_of_the_paper():
         if "a" in g.consumers
     )  # fmt: skip
     stats = jq.calibrate(gated_decoder, params, TOKENS, statistics="channel_absmax")
-    smoothed = jq.smooth(
-        gated_decoder, params, calibration=[TOKENS], alpha=alpha, only=["a", "z"]
-    )
+    smoothed = jq.smooth(gated_decoder, params, calibration=[TOKENS], alpha=alpha, only=["a", "z"])
     x = np.asarray(stats["a"]["channel_absmax"])  # [layers, channels]
     w = np.max([np.abs(params[k]).max(-1) for k in "abc"], axis=0)
     factors = x**alpha / w ** (1 - alpha)
