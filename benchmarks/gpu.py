@@ -1,11 +1,14 @@
 """The figures of the GPU kernels: products beside bf16, XLA and peers, and a whole decode step.
 
-`python -m benchmarks.gpu` on a machine with an NVIDIA GPU. Results go to
-benchmarks/results/gpu-<chip>.json and .md; what is in the JSON from the same environment is kept,
-so `--only`, `--shapes`, `--rows`, `--formats` and `--seconds` measure a part at a time, and
-`--peer-python` adds the libraries of another Python (`benchmarks.gpu_peers`). Every time is taken
-in two passes over all cases; the slower of the two is shown. How is said in
-`benchmarks.gpu_timing`. `--dry-run` runs it all on small shapes on any machine and times nothing.
+`python -m benchmarks.gpu` on a machine with an NVIDIA GPU; `--seconds` (540) bounds it, and the
+same command again goes on where it was stopped. What was measured is kept, piece by piece, in
+benchmarks/results/gpu-<chip>.jsonl, from which gpu-<chip>.json and the tables of gpu-<chip>.md are
+made; another jax or driver begins anew. Products, experts, LLM.int8(), copying and preparing are
+timed in a child (`gpu_supervise`: a kernel that hangs or dies costs its own figure only), each in
+two passes of which the slower is shown; every decode step has a process of its own, and so have the
+libraries of another Python (`--peer-python`, `gpu_peers`). `--only`, `--shapes`, `--rows` and
+`--formats` measure parts. How is said in `gpu_timing`. `--dry-run` runs it all on small shapes on
+any machine and times nothing.
 """
 
 from __future__ import annotations
@@ -28,44 +31,33 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import gpu_report
-from benchmarks.gpu_products import FORMATS, Case, random_weight, time_case
+from benchmarks.gpu_products import FORMATS, LLM_INT8, Case, random_weight, time_case
+from benchmarks.gpu_supervise import Journal, key_of, leave_if_broken, supervise
 from benchmarks.gpu_timing import Timer, Timing, require_gpu
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("copy", "products", "prepare", "decoder", "peers")
-SHAPES = ("4096x4096", "4096x14336", "8192x8192", "8192x28672")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
-DECODERS = (("bf16", 1), ("w4a16_g128", 1), ("bf16", 16), ("w4a16_g128", 16))
+IN_CHILD = ("copy", "products", "llm_int8", "experts", "prepare")
+PARTS = (*IN_CHILD, "decoder", "peers")
+# In the order in which they are measured: large ones, and the rows that figures are asked for.
+SHAPES = ("8192x8192", "8192x28672", "4096x14336", "4096x4096")
+ROWS = (16, 2048, 1, 64, 8, 8192, 4, 512, 2, 32, 128)
+PEER_ROWS = (1, 16, 64, 2048)
+# Experts, their k and n: Qwen3-30B-A3B's, and rows of 1, 16 and 2048 tokens of 8 experts each.
+EXPERTS = ((128, 2048, 768), (128, 768, 2048))
+EXPERT_ROWS = (128, 8, 16384)
+EXPERT_FORMATS = ("w4a16 g128", "w8a16", "nf4 g64", "w4a8 g128")
+DECODERS = tuple(
+    (recipe, batch, layers)
+    for layers in ("stacked", "apart")
+    for batch in (1, 16)
+    for recipe in ("bf16", "w4a16_g128")
+)
 # A dry run's own: every format once, the smallest that its groups and packing allow.
-SMALL_SHAPES, SMALL_ROWS = ("256x128",), (1, 16)
+SMALL_SHAPES, SMALL_ROWS, SMALL_EXPERTS = ("256x128",), (1, 16), ((4, 256, 128),)
 _PASSES = 2
-
-
-class Record:
-    """What was measured so far, in a file."""
-
-    def __init__(self, path: Path, environment: dict[str, Any]) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {"environment": environment, "rows": [], "decoder": []}
-        if path.exists():
-            kept = json.loads(path.read_text())
-            if kept.get("environment") == environment:
-                self.data = kept
-
-    def times(self, case: Case) -> list[Any]:
-        """The passes of a case; whatever is appended is recorded."""
-        key = dataclasses.asdict(case)
-        for row in self.data["rows"]:
-            if row["case"] == key:
-                return row["passes"]
-        self.data["rows"].append({"case": key, "passes": []})
-        return self.data["rows"][-1]["passes"]
-
-    def write(self) -> None:
-        """Writes the JSON, and the tables beside it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(gpu_report.report(self.data))
+_PATIENCE = 180.0
+# Seconds of the longest decode step's process: 8B random weights are made, and a step compiled.
+_DECODER = 240.0
 
 
 def main() -> None:
@@ -75,66 +67,104 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="KxN", default=None)
     parser.add_argument("--rows", nargs="+", type=int, default=None)
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop products then")
+    parser.add_argument("--seconds", type=float, default=540.0, help="for all of it")
     parser.add_argument("--peer-python", help="a Python with PyTorch and peers")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--journal", type=Path, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # other processes measure first
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # other processes measure
     timer = require_gpu(arguments.dry_run, "gpu")
-    if not arguments.dry_run:  # the second pass, and the next call, need not compile again
+    if arguments.journal:
+        work(Journal(arguments.journal), arguments, timer)
+        return
+    until = time.monotonic() + arguments.seconds
+    name = "dry-run" if arguments.dry_run else jax.devices()[0].device_kind.split()[1]
+    path = arguments.out / f"gpu-{name}.jsonl"
+    begin(path)
+    for step in (in_child, decoders, peers):
+        try:
+            step(path, arguments, until)
+        except RuntimeError as error:  # the others are measured none the less
+            print(error, file=sys.stderr)
+        write(path)
+    print(path.with_suffix(".md").read_text())
+
+
+def begin(path: Path) -> None:
+    """Goes on with a journal from the same environment, or begins a new one."""
+    here = environment()
+    if Journal(path).results.get("environment") != here:
+        path.unlink(missing_ok=True)
+        Journal(path).end("environment", here)
+
+
+def in_child(path: Path, arguments: argparse.Namespace, until: float) -> None:
+    """What is timed in a process that may die."""
+    if not set(arguments.only) & set(IN_CHILD):
+        return
+    if arguments.dry_run:
+        work(Journal(path), arguments, require_gpu(True, "gpu"))
+        return
+    command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--journal", str(path)]
+    supervise(command, path, until - time.monotonic(), _PATIENCE)
+
+
+def work(journal: Journal, arguments: argparse.Namespace, timer: Timer) -> None:
+    """In the child: every piece that is not in the journal yet."""
+    if not arguments.dry_run:  # the second pass, and the next process, need not compile again
         cache = Path(tempfile.gettempdir()) / "jaxquant-gpu-figures"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    shapes = arguments.shapes or (SMALL_SHAPES if arguments.dry_run else SHAPES)
-    rows = arguments.rows or (SMALL_ROWS if arguments.dry_run else ROWS)
+    parts, dry_run = set(arguments.only), arguments.dry_run
+    for number in range(1, _PASSES + 1):
+        if "copy" in parts:
+            key = key_of(part="copy", number=number)
+            journal.once(key, lambda: copy_bandwidth(timer, dry_run))
+        for case in cases_of(arguments):
+            fields = dataclasses.asdict(case)
+
+            def timed(case: Case = case) -> dict[str, Any]:
+                result = time_case(case, timer, "cuda")
+                timing = None if result.timing is None else dataclasses.asdict(result.timing)
+                return {"timing": timing, "bytes": result.bytes, "note": result.note}
+
+            one = journal.once(key_of(part="product", number=number, **fields), timed)
+            if one.get("note") and not dry_run:
+                leave_if_broken()
+        if "prepare" in parts:
+            key = key_of(part="prepare", number=number)
+            journal.once(key, lambda: prepare_cost(dry_run))
+
+
+def cases_of(arguments: argparse.Namespace) -> Iterator[Case]:
+    """Products in the order in which they are timed; neighbours share a weight."""
+    dry_run, parts = arguments.dry_run, set(arguments.only)
+    shapes = arguments.shapes or (SMALL_SHAPES if dry_run else SHAPES)
     sizes = [tuple(map(int, shape.split("x"))) for shape in shapes]
-    name = "dry-run" if arguments.dry_run else jax.devices()[0].device_kind.split()[1]
-    record = Record(arguments.out / f"gpu-{name}.json", environment())
-    parts = set(arguments.only)
-    if "decoder" in parts:
-        record.data["decoder"] = [
-            decoder(recipe, batch, layers, arguments.dry_run)
-            for layers in ("stacked", "apart")
-            for recipe, batch in DECODERS
-        ]
-    if "peers" in parts and arguments.peer_python:
-        asked = [(k, n, m) for k, n in sizes for m in rows]
-        record.data["peers"] = [peers(arguments.peer_python, asked) for _ in range(_PASSES)]
-    record.write()
-    if "copy" in parts:
-        record.data["copy"] = [copy_bandwidth(timer, arguments.dry_run) for _ in range(_PASSES)]
-    if "products" in parts:
-        cases = list(all_cases(sizes, rows, arguments.formats))
-        measure_products(record, cases, timer, time.monotonic() + arguments.seconds)
-    if "prepare" in parts:
-        record.data["prepare"] = [prepare_cost(arguments.dry_run) for _ in range(_PASSES)]
-    record.write()
-    print(gpu_report.report(record.data))
+    rows = arguments.rows or (SMALL_ROWS if dry_run else ROWS)
+    for some in (rows[:4], rows[4:]):  # the rows that figures are asked for, of all, come first
+        if "products" in parts:
+            yield from plain_cases(sizes, some, arguments.formats)
+        if "llm_int8" in parts:
+            for k, n in sizes:
+                yield from (Case(k, n, m, LLM_INT8, r) for m in some for r in ("pallas", "xla"))
+    if "experts" in parts:
+        for experts, k, n in SMALL_EXPERTS if dry_run else EXPERTS:
+            for m in rows if arguments.rows or dry_run else EXPERT_ROWS:
+                yield Case(k, n, m, "bf16", "bf16", experts)
+            for form in EXPERT_FORMATS:
+                if form in arguments.formats:
+                    for m in rows if arguments.rows or dry_run else EXPERT_ROWS:
+                        for route in ("pallas", "xla"):
+                            yield Case(k, n, m, form, route, experts)
 
 
-def all_cases(sizes: Any, rows: Any, formats: Any) -> Iterator[Case]:
-    """Weights are shared by neighbours: every shape and format has all its rows in a row."""
+def plain_cases(sizes: Any, rows: Any, formats: Any) -> Iterator[Case]:
+    """Every shape and format has all its rows in a row."""
     for k, n in sizes:
-        for m in rows:
-            yield Case(k, n, m, "bf16", "bf16")
+        yield from (Case(k, n, m, "bf16", "bf16") for m in rows)
         for form in formats:
-            for m in rows:
-                for route in ("pallas", "xla"):
-                    yield Case(k, n, m, form, route)
-
-
-def measure_products(record: Record, cases: list[Case], timer: Timer, until: float) -> None:
-    """Adds passes to the cases that have too few, until the time is over."""
-    for passes in range(1, _PASSES + 1):
-        for case in cases:
-            times = record.times(case)
-            if len(times) >= passes or time.monotonic() > until:
-                continue
-            result = time_case(case, timer, "cuda")
-            timing = None if result.timing is None else dataclasses.asdict(result.timing)
-            times.append({"timing": timing, "bytes": result.bytes, "note": result.note})
-            print(passes, case, timing or result.note or "not measured", file=sys.stderr)
-        record.write()
+            yield from (Case(k, n, m, form, route) for m in rows for route in ("pallas", "xla"))
 
 
 def copy_bandwidth(timer: Timer, dry_run: bool) -> float | None:
@@ -159,28 +189,90 @@ def prepare_cost(dry_run: bool) -> dict[str, Any]:
     return {"bytes": weight.nbytes, "seconds": seconds}
 
 
-def decoder(recipe: str, batch: int, layers: str, dry_run: bool) -> dict[str, Any]:
-    """A decode step in a process of its own."""
+def decoders(path: Path, arguments: argparse.Namespace, until: float) -> None:
+    """Decode steps, each in a process of its own; what failed is tried again by the next call."""
+    journal = Journal(path)
+    for recipe, batch, layers in DECODERS if "decoder" in arguments.only else ():
+        key = key_of(part="decoder", recipe=recipe, batch=batch, layers=layers)
+        left = until - time.monotonic()
+        if left <= 0 or "milliseconds" in journal.results.get(key, {}):
+            continue
+        journal.end(key, decoder(recipe, batch, layers, arguments.dry_run, min(left, _DECODER)))
+
+
+def decoder(recipe: str, batch: int, layers: str, dry_run: bool, seconds: float) -> dict[str, Any]:
+    """A decode step in a process of its own; the error, if there is one."""
     command = [sys.executable, "-m", "benchmarks.gpu_decoder", recipe, str(batch)]
     command += ["--layers", layers] + ["--dry-run"] * dry_run
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=RESULTS.parent.parent
-    )
+    what = {"recipe": recipe, "batch": batch, "layers": layers}
+    root = RESULTS.parent.parent
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=root, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return what | {"error": f"not done in {seconds:.0f} seconds"}
     if done.returncode:
-        return {"recipe": recipe, "batch": batch, "layers": layers, "error": done.stderr[-500:]}
+        return what | {"error": done.stderr[-500:]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peers(python: str, asked: Any) -> list[dict[str, Any]]:
-    """What another Python's libraries need for the same products."""
-    done = subprocess.run(
-        [python, str(Path(__file__).parent / "gpu_peers.py")],
-        input=json.dumps(asked),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def peers(path: Path, arguments: argparse.Namespace, until: float) -> None:
+    """What another Python's libraries need for the same products; a line is kept at once."""
+    left = until - time.monotonic()
+    if "peers" not in arguments.only or not arguments.peer_python or left <= 0:
+        return
+    journal = Journal(path)
+    shapes = arguments.shapes or (SMALL_SHAPES if arguments.dry_run else SHAPES)
+    rows = arguments.rows or (SMALL_ROWS if arguments.dry_run else PEER_ROWS)
+    asked = [(*map(int, shape.split("x")), m) for shape in shapes for m in rows]
+    measured = [one for one in journal.results.values() if "us" in (one or ())]
+    done = [[one[name] for name in ("library", "form", "k", "n", "m")] for one in measured]
+    command = [arguments.peer_python, str(Path(__file__).parent / "gpu_peers.py")]
+    command += ["--seconds", str(left)] + ["--dry-run"] * arguments.dry_run
+    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as lines:
+        given.write(json.dumps({"asked": asked, "done": done}))
+        given.seek(0)
+        try:
+            subprocess.run(command, stdin=given, stdout=lines, check=False, timeout=left + 5)
+        except subprocess.TimeoutExpired:
+            print("peers were stopped at the end of the time", file=sys.stderr)
+        lines.seek(0)
+        for line in lines.read().splitlines():
+            if line.startswith("{"):
+                one = json.loads(line)
+                names = ("library", "form", "k", "n", "m")
+                journal.end(key_of(part="peer", **{n: one.get(n) for n in names}), one)
+
+
+def write(path: Path) -> None:
+    """Makes the JSON and the tables of the journal."""
+    data = record(Journal(path))
+    path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    path.with_suffix(".md").write_text(gpu_report.report(data))
+
+
+def record(journal: Journal) -> dict[str, Any]:
+    """The journal as `gpu_report` takes it: rows with their passes, and what else there is."""
+    data: dict[str, Any] = {"environment": journal.results["environment"], "rows": []}
+    data |= {name: [] for name in ("copy", "prepare", "decoder", "peers")}
+    rows: dict[str, dict[str, Any]] = {}
+    for key, result in journal.results.items():
+        if key == "environment":
+            continue
+        fields = json.loads(key)
+        part = fields.pop("part")
+        if part != "product":
+            died = isinstance(result, dict) and "died" in result
+            if not died:
+                data[f"{part}s" if part == "peer" else part].append(result)
+            continue
+        fields.pop("number")
+        if "died" in result:
+            result = {"timing": None, "bytes": 0, "note": result["died"][:300]}
+        row = rows.setdefault(key_of(**fields), {"case": fields, "passes": []})
+        row["passes"].append(result)
+    return data | {"rows": list(rows.values())}
 
 
 def environment() -> dict[str, Any]:

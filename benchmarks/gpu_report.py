@@ -23,35 +23,42 @@ MEMORY_TARGET = 0.32
 _NOTE = (
     "Microseconds of device time a call (CUPTI, no launches), the slower of two passes; in brackets"
     " times as fast as bf16 and the share of this run's copy bandwidth at bytes moved once. Weights"
-    " rotate through several times the L2 cache. w8a8, fp8 and w4a8 include the quantization of x."
+    " rotate through several times the L2 cache. w8a8, fp8, w4a8 and llm.int8 include what makes"
+    " their x. Peers: one pass; off is how far from the float product, of its norm."
 )
 
 
 def report(data: dict[str, Any]) -> str:
     """All tables of a record."""
-    times = _Times(data)
+    times = _Times(data, 0)
     lines = ["# Figures of the GPU kernels", "", "`python -m benchmarks.gpu`", ""]
     lines += [", ".join(f"{k} {v}" for k, v in data["environment"].items()), ""]
     lines += [f"Copy bandwidth: {_copy(data)}. Laying out a weight: {_prepare(data)}.", "", _NOTE]
     lines += ["", "## To reach", "", *table(target_rows(times, data.get("decoder", ())))]
     for k, n in times.shapes():
         lines += ["", f"## {k} x {n}", "", *table(shape_rows(times, k, n))]
+    for experts in sorted({row["case"]["experts"] for row in data["rows"]} - {0}):
+        own = _Times(data, experts)
+        for k, n in own.shapes():
+            title = f"## {experts} experts of {k} x {n}; M are all rows"
+            lines += ["", title, "", *table(shape_rows(own, k, n))]
     lines += ["", "## One decode step, shapes of 8B", "", *table(decoder_rows(data["decoder"]))]
     if data.get("peers"):
         lines += ["", "## Peers", "", *table(peer_rows(data["peers"]))]
-    lines += ["", "## Why no kernel", "", *times.notes(), ""]
+    lines += ["", "## Why no kernel", "", *notes(data["rows"]), ""]
     return "\n".join(lines)
 
 
 class _Times:
-    """Times of a record, by case."""
+    """Times of a record's products with one weight, or with so many experts, by case."""
 
-    def __init__(self, data: dict[str, Any]) -> None:
+    def __init__(self, data: dict[str, Any], experts: int) -> None:
         rates = [rate for rate in data.get("copy", ()) if rate]
         self.copy = max(rates, default=None)
         self._found = {
             tuple(row["case"][key] for key in ("k", "n", "m", "form", "route")): row["passes"]
             for row in data["rows"]
+            if row["case"]["experts"] == experts
         }
 
     def shapes(self) -> list[tuple[int, int]]:
@@ -90,13 +97,17 @@ class _Times:
         behind += [f"{100 * share:.0f}%"] if share else []
         return f"{own:.2f}" + (f" ({', '.join(behind)})" if behind else "")
 
-    def notes(self) -> list[str]:
-        found: dict[str, str] = {}
-        for (k, n, m, form, route), passes in self._found.items():
-            for one in passes:
-                if one["note"] and route == "pallas":
-                    found.setdefault(f"{form}: {one['note']}", f"{m} x {k} x {n}")
-        return [f"- {note} (first at {where})" for note, where in found.items()] or ["-"]
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why kernels have no time, each reason once."""
+    found: dict[str, str] = {}
+    for row in rows:
+        case = row["case"]
+        for one in row["passes"]:
+            if one["note"] and case["route"] == "pallas":
+                where = f"{case['m']} x {case['k']} x {case['n']}"
+                found.setdefault(f"{case['form']}: {one['note']}", where)
+    return [f"- {note} (first at {where})" for note, where in found.items()] or ["-"]
 
 
 def shape_rows(times: _Times, k: int, n: int) -> Iterable[dict[str, str]]:
@@ -172,18 +183,19 @@ def decoder_rows(decoders: Sequence[dict[str, Any]]) -> Iterable[dict[str, str]]
         }
 
 
-def peer_rows(passes: Sequence[Sequence[dict[str, Any]]]) -> Iterable[dict[str, str]]:
-    """A line for every library, format and shape; the slower of the passes."""
-    found: dict[tuple[Any, ...], list[Any]] = {}
-    for results in passes:
-        for one in results:
-            if "library" in one:
-                key = (one["library"], one["form"], one["k"], one["n"], one.get("m", "all"))
-                found.setdefault(key, []).append(one)
-    for (library, form, k, n, m), results in found.items():
-        times = [one["us"] for one in results if "us" in one]
-        shown = f"{max(times):.2f}" if times else results[0].get("error", NOT_MEASURED)
-        yield {"library": library, "format": form, "K x N": f"{k} x {n}", "M": str(m), "us": shown}
+def peer_rows(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, str]]:
+    """A line for every library, format and shape."""
+    for one in results:
+        if "library" in one:
+            us = one.get("us")
+            yield {
+                "library": one["library"],
+                "format": one["form"],
+                "K x N": f"{one['k']} x {one['n']}",
+                "M": str(one.get("m", "all")),
+                "us": f"{us:.2f}" if us else one.get("error", NOT_MEASURED),
+                "off": f"{one['off']:.3f}" if "off" in one else "",
+            }
 
 
 def table(rows: Iterable[dict[str, str]]) -> list[str]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, gpu_decoder, gpu_peers, gpu_products, gpu_report, gpu_timing
+from benchmarks.gpu_supervise import Journal, key_of
 
 ENVIRONMENT = {"device": "a GPU", "jax": "0"}
 
@@ -67,7 +70,7 @@ def test_every_format_is_a_product_of_its_weight(form, monkeypatch):
     assert result.bytes == 2 * 4 * (256 + 128) + weight.nbytes
     assert weight.prepared == "cuda" and weight.shape == (256, 128)
     x = jax.random.normal(jax.random.key(1), (4, 256), jnp.bfloat16)
-    got = gpu_products.product(x, weight, "xla").astype(jnp.float32)
+    got = gpu_products.product(x, weight, implementation="xla").astype(jnp.float32)
     want = x.astype(jnp.float32) @ weight.dequantize().astype(jnp.float32)
     np.testing.assert_allclose(got, want, atol=0.04 * float(jnp.abs(want).max()))
     refused = gpu_products.time_case(
@@ -76,20 +79,80 @@ def test_every_format_is_a_product_of_its_weight(form, monkeypatch):
     assert "no kernel fits" in refused.note
 
 
+@pytest.mark.parametrize("form", ["bf16", "w4a16 g128", "llm.int8"])
+def test_experts_and_outliers_are_products_too(form, monkeypatch):
+    monkeypatch.setattr(gpu_timing, "ROTATION_BYTES", 1)
+    gpu_products.weights.cache_clear()
+    experts = 0 if form == "llm.int8" else 3
+    route = "bf16" if form == "bf16" else "xla"
+    case = gpu_products.Case(256, 128, 20, form, route, experts)
+    result = gpu_products.time_case(case, gpu_timing.run_once, "cuda")
+    assert (result.timing, result.note) == (None, "") and result.bytes > 2 * 20 * (256 + 128)
+    x, w, *rest = gpu_products.inputs(case, "cuda")[0]
+    got = np.asarray(gpu_products.function_of(case)(x, w, *rest), np.float32)
+    if form == "llm.int8":
+        floats = w["codes"].astype(jnp.float32).T * w["scale"]
+        want = np.asarray(x.astype(jnp.float32) @ floats)
+    else:
+        floats = (w if form == "bf16" else w.dequantize()).astype(jnp.float32)
+        owner = np.repeat(np.arange(3), rest[0])
+        want = np.stack([x[i].astype(jnp.float32) @ floats[e] for i, e in enumerate(owner)])
+    np.testing.assert_allclose(got, want, atol=0.04 * float(np.abs(want).max()))
+
+
+def test_a_case_that_cannot_be_is_a_note(monkeypatch):
+    monkeypatch.setattr(gpu_products, "inputs", lambda *_: 1 / 0)
+    case = gpu_products.Case(256, 128, 4, "bf16", "bf16")
+    assert "ZeroDivisionError" in gpu_products.time_case(case, None, "cuda").note
+
+
 def test_a_dry_run_records_every_case_and_no_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_timing, "ROTATION_BYTES", 1)
-    options = ["--dry-run", "--out", str(tmp_path), "--only", "copy", "products", "prepare"]
+    peer = tmp_path / "peer"
+    peer.write_text(
+        "#!/bin/sh\ncat > /dev/null\n"
+        """echo '{"library": "torch", "form": "bf16", "k": 256, "n": 128, "m": 1, "us": 2.0}'\n"""
+    )
+    peer.chmod(0o755)
+    parts = [part for part in gpu.PARTS if part != "decoder"]
+    options = ["--dry-run", "--out", str(tmp_path), "--only", *parts, "--peer-python", str(peer)]
     monkeypatch.setattr("sys.argv", ["gpu", *options, "--formats", "w4a16 g128", "--rows", "1"])
     gpu.main()
     data = json.loads((tmp_path / "gpu-dry-run.json").read_text())
-    routes = [row["case"]["route"] for row in data["rows"]]
-    assert routes == ["bf16", "pallas", "xla"]
+    cases = [row["case"] for row in data["rows"]]
+    assert [case["route"] for case in cases] == ["bf16", "pallas", "xla", "pallas", "xla"] + [
+        "bf16",
+        "pallas",
+        "xla",
+    ]
+    assert [case["experts"] for case in cases] == [0] * 5 + [4] * 3
+    assert {case["form"] for case in cases} == {"bf16", "w4a16 g128", "llm.int8"}
     assert all(one["timing"] is None for row in data["rows"] for one in row["passes"])
-    assert [len(row["passes"]) for row in data["rows"]] == [2, 2, 2]
+    assert {len(row["passes"]) for row in data["rows"]} == {2}
+    assert data["peers"][0]["us"] == 2.0 and len(data["copy"]) == len(data["prepare"]) == 2
     text = (tmp_path / "gpu-dry-run.md").read_text()
     assert "| w4a16 g128, xla | not measured |" in text and "reached" not in text.lower()
-    gpu.main()  # keeps what is there
+    assert "## 4 experts of 256 x 128" in text
+    lines = (tmp_path / "gpu-dry-run.jsonl").read_text()
+    gpu.main()  # keeps what is there; peers are asked again only for what they did not measure
+    assert (tmp_path / "gpu-dry-run.jsonl").read_text().startswith(lines)
     assert json.loads((tmp_path / "gpu-dry-run.json").read_text())["rows"] == data["rows"]
+
+
+def test_what_took_its_process_with_it_is_a_note(tmp_path):
+    journal = Journal(tmp_path / "gpu.jsonl")
+    journal.end("environment", ENVIRONMENT)
+    case = gpu_products.Case(8192, 8192, 1, "w8a16", "pallas")
+    key = key_of(part="product", number=1, **dataclasses.asdict(case))
+    journal.end(key, {"died": "no answer in 180 seconds"})
+    journal.end(key_of(part="copy", number=1), {"died": "exit status 3"})
+    gpu.write(journal.path)
+    assert "w8a16: no answer in 180 seconds" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_decode_step_that_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/sleep")  # its arguments make it fail at once
+    assert "error" in gpu.decoder("bf16", 1, "apart", True, 5.0)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "w4a16_g128"])
@@ -120,7 +183,8 @@ def record():
     def row(form, route, m, us, size=10**6, shape=(8192, 8192)):
         timing = {"device": us, "wall": 2 * us, "kernels": 1}
         passes = [{"timing": timing, "bytes": size, "note": ""}] * 2
-        case = dict(zip(("k", "n", "m", "form", "route"), (*shape, m, form, route), strict=True))
+        fields = ("k", "n", "m", "form", "route", "experts")
+        case = dict(zip(fields, (*shape, m, form, route, 0), strict=True))
         return {"case": case, "passes": passes}
 
     rows = [row("bf16", "bf16", m, 40.0) for m in (1, 64)]
@@ -135,7 +199,11 @@ def record():
         "copy": [1.2e11, 1.25e11],
         "rows": rows,
         "decoder": steps,
-        "peers": [[{"library": "a", "form": "nf4", "k": 1, "n": 2, "m": 3, "us": 7.0}]] * 2,
+        "peers": [
+            {"versions": {"torch": "2"}},
+            {"library": "a", "form": "nf4", "k": 1, "n": 2, "m": 3, "us": 7.0, "off": 0.1},
+            {"library": "a", "form": "nf4", "k": 1, "n": 2, "error": "no"},
+        ],
         "prepare": [{"bytes": 10**9, "seconds": 0.5}],
     }
 
@@ -152,8 +220,21 @@ def test_gains_shares_and_verdicts():
     assert lines[step + "stacked"].endswith("| 2.90x, 0.300x | reached |")
     assert lines[step + "apart"].endswith("| not measured | not measured |")
     assert "Laying out a weight: 2 GB/s" in text and "0.12 TB/s / 0.12 TB/s" in text
-    assert "| a | nf4 | 1 x 2 | 3 | 7.00 |" in text
+    assert "| a | nf4 | 1 x 2 | 3 | 7.00 | 0.100 |" in text
+    assert "| a | nf4 | 1 x 2 | all | no |  |" in text
 
 
 def test_peers_are_named_as_our_formats():
-    assert {form for _, form, *_ in gpu_peers.PEERS} <= {"bf16", *gpu_products.FORMATS}
+    assert {form for _, form, *_ in gpu_peers.PEERS} <= {"bf16", "llm.int8", *gpu_products.FORMATS}
+
+
+def test_what_a_peer_runs_is_counted_once():
+    """Kernels on the device; not what the program names there, nor what the host does."""
+    kind = lambda name: types.SimpleNamespace(name=name)  # noqa: E731
+    took = types.SimpleNamespace(elapsed_us=lambda: 5.0)
+
+    def event(where, **more):
+        return types.SimpleNamespace(device_type=kind(where), time_range=took, **more)
+
+    events = [event("CUDA"), event("CUDA", is_user_annotation=True), event("CPU"), event("CUDA")]
+    assert gpu_peers.kernel_microseconds(events) == 10.0

@@ -2,16 +2,26 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_check, gpu_oracle, gpu_oracle_grouped, gpu_products, gpu_timing, gpu_tune
+from benchmarks import (
+    gpu_check,
+    gpu_clock,
+    gpu_oracle,
+    gpu_oracle_grouped,
+    gpu_products,
+    gpu_timing,
+    gpu_tune,
+)
+from benchmarks.gpu_aot import on_gpu
 from benchmarks.gpu_supervise import Journal
 from jaxquant.core.primitives import describe_lowering
-from jaxquant.pallas_kernels.gpu import tables
+from jaxquant.pallas_kernels.gpu import select, tables
 from jaxquant.pallas_kernels.gpu.chips import CHIPS
 from jaxquant.pallas_kernels.gpu.config import shared_bytes
 from jaxquant.pallas_kernels.gpu.heuristics import choose_config
@@ -43,21 +53,50 @@ def test_a_format_is_the_problem_that_dispatch_asks_about(form, monkeypatch):
     assert asked == [gpu_tune.problem_of(case)]
 
 
-def test_neighbours_differ_in_one_field_and_fit():
-    problem = gpu_tune.problem_of(CASE)
-    config = choose_config(problem, H200)
+CASES = {
+    "w4a16": CASE,
+    "many rows": dataclasses.replace(CASE, m=2048),
+    "experts": gpu_products.Case(2048, 768, 128, "w4a16 g128", "pallas", 128),
+    "LLM.int8()": dataclasses.replace(CASE, form="llm.int8", m=2048),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_neighbours_differ_in_one_field_and_fit(name):
+    case = CASES[name]
+    problem, config = gpu_tune.problem_of(case), gpu_tune.chosen(case, H200)
+    seen = set()
     for field in gpu_tune.CHOICES:
-        for other in gpu_tune.neighbours(problem, H200, config, field):
+        for other in gpu_tune.neighbours(case, H200, config, field):
             fields = [f.name for f in dataclasses.fields(config)]
-            assert [f for f in fields if getattr(other, f) != getattr(config, f)] == [field]
+            changed = {f for f in fields if getattr(other, f) != getattr(config, f)}
+            # Larger blocks may have fewer stages.
+            assert changed - {"stages"} == {field} - {"stages"} and other.stages <= max(
+                config.stages, other.stages if field == "stages" else 0
+            )
             assert shared_bytes(problem, other) <= H200.shared_bytes
+            seen.add(field)
+    fixed = {"experts": {"cluster", "blocks"}, "LLM.int8()": {"cluster", "blocks", "split_k"}}
+    assert seen and not seen & fixed.get(name, set())
+    if name == "many rows":  # tiles of 256 rows, and of 256 columns
+        assert 256 in {c.bm for c in gpu_tune.neighbours(case, H200, config, "bm")}
+        assert 128 in {c.bn for c in gpu_tune.neighbours(case, H200, config, "bn")}
 
 
-def clock(config):
-    """Microseconds by which split_k = 2 and 3 stages are best; 4 warpgroups do not compile."""
-    if config.warpgroups == 4:
-        return None
-    return 1.0 + abs(config.split_k - 2) + 0.1 * abs(config.stages - 3) + 0.01 * config.bm
+class Watch:
+    """A clock by which split_k = 2 and 3 stages are best; 4 warpgroups do not compile."""
+
+    def __init__(self, xla, refused=(4,)):
+        self.xla = lambda: xla
+        self.refused = refused
+
+    def of(self, configs):
+        return [self.one(config) for config in configs]
+
+    def one(self, config):
+        if config.warpgroups in self.refused:
+            return None
+        return 1.0 + abs(config.split_k - 2) + 0.1 * abs(config.stages - 3) + 0.01 * config.bm
 
 
 @pytest.mark.parametrize(("xla", "faster"), [(9.0, True), (0.5, False)])
@@ -65,16 +104,8 @@ def test_the_tuner_goes_by_the_clock(monkeypatch, xla, faster):
     start = dataclasses.replace(
         choose_config(gpu_tune.problem_of(CASE), H200), warpgroups=2, split_k=8, stages=4
     )
-    monkeypatch.setattr(
-        "jaxquant.pallas_kernels.gpu.heuristics.choose_config", lambda problem, chip: start
-    )
-    monkeypatch.setattr(gpu_tune, "microseconds", lambda case, problem, config: clock(config))
-    monkeypatch.setattr(gpu_tune, "require_gpu", lambda dry_run, script: None)
-    timing = gpu_timing.Timing(xla, xla, 1)
-    monkeypatch.setattr(
-        gpu_tune, "time_case", lambda case, *_: gpu_products.Result(case, timing, 0)
-    )
-    entry = gpu_tune.tune(CASE, H200)
+    monkeypatch.setattr(gpu_tune, "chosen", lambda case, chip: start)
+    entry = gpu_tune.tune(CASE, H200, Watch(xla))
     assert entry.microseconds == pytest.approx(1.08) and entry.xla_microseconds == xla
     if faster:
         assert (entry.config.split_k, entry.config.stages, entry.config.bm) == (2, 3, 8)
@@ -82,6 +113,84 @@ def test_the_tuner_goes_by_the_clock(monkeypatch, xla, faster):
         assert entry.config is None
     text = tables.render([entry], "H200", {"jax": "0"})
     assert tables.parse(text, "a table", "H200") == (entry,)
+    monkeypatch.setattr(
+        gpu_tune, "chosen", lambda case, chip: dataclasses.replace(start, warpgroups=4)
+    )
+    assert gpu_tune.tune(CASE, H200, Watch(xla)).microseconds < 2.0
+    with pytest.raises(RuntimeError, match="no config near .* runs and is right"):
+        gpu_tune.tune(CASE, H200, Watch(xla, refused=(1, 2, 3, 4)))
+
+
+def test_every_product_is_tuned_and_kept(monkeypatch, tmp_path):
+    """One that fails costs no other; what the journal has is not done again."""
+    device = types.SimpleNamespace(device_kind="NVIDIA H200")
+    monkeypatch.setattr(gpu_tune.jax, "devices", lambda: [device])
+    monkeypatch.setattr(gpu_tune, "require_gpu", lambda dry_run, script: None)
+    tuned = []
+
+    def clock(case, journal, timer):
+        tuned.append(case)
+        if case.m == 64:
+            raise RuntimeError("the memory is full")
+        return Watch(9.0, refused=())
+
+    monkeypatch.setattr(gpu_tune, "Clock", clock)
+    cases = [*CASES.values(), dataclasses.replace(CASE, m=64), dataclasses.replace(CASE, m=8)]
+    journal = Journal(tmp_path / "journal.jsonl")
+    gpu_tune.work(journal, cases, tmp_path)
+    text = (tmp_path / "H200.json").read_text()
+    entries = tables.parse(text, "a table", "H200")
+    assert [(e.m, e.experts, e.outliers) for e in entries] == [
+        (16, 0, 0),
+        (2048, 0, 0),
+        (128, 128, 0),
+        (2048, 0, 64),
+        (8, 0, 0),
+    ]
+    assert len(tuned) == 6
+    gpu_tune.work(Journal(tmp_path / "journal.jsonl"), cases, tmp_path)
+    assert len(tuned) == 6 and (tmp_path / "H200.json").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["w4a16", "experts", "LLM.int8()"])
+def test_the_clock_keeps_times_and_drops_what_is_wrong(name, monkeypatch, tmp_path):
+    """The kernel stands in by XLA's result, right or not; nothing runs that is in the journal."""
+    monkeypatch.setattr(gpu_timing, "ROTATION_BYTES", 1)
+    gpu_products.weights.cache_clear()
+    sizes = {"k": 256, "n": 128, "m": 16, "experts": 4 if name == "experts" else 0}
+    case = dataclasses.replace(CASES[name], **sizes)
+    right = gpu_products.function_of(dataclasses.replace(case, route="xla"))
+    config = gpu_tune.chosen(case, H200)
+    others = [dataclasses.replace(config, stages=stages) for stages in (2, 3, 4)]
+
+    def function_by(case, config):
+        if config.stages == 4:
+            raise Unsupported("it does not fit")
+        return lambda *a: right(*a) * (1 if config.stages == 2 else 2)
+
+    monkeypatch.setattr(gpu_clock, "function_by", function_by)
+    timer = lambda *_: gpu_timing.Timing(3.0, 3.0, 1)  # noqa: E731
+    path = tmp_path / "journal.jsonl"
+    clock = gpu_clock.Clock(case, Journal(path), timer)
+    assert clock.xla() == 3.0
+    assert clock.of(others) == [3.0, None, None]
+    results = list(Journal(path).results.values())
+    assert "wrong" in results and any("it does not fit" in str(one) for one in results)
+    again = gpu_clock.Clock(case, Journal(path), None)
+    assert again.xla() == 3.0 and again.of(others) == [3.0, None, None]
+
+
+def test_a_config_is_a_kernel_of_its_case():
+    """Up to its lowering for CUDA."""
+    if not select.has_mosaic_gpu():
+        pytest.skip("THIS JAX HAS NO MOSAIC GPU TO LOWER TO")
+    for case in CASES.values():
+        case = dataclasses.replace(case, k=256, n=128, m=16, experts=min(case.experts, 4))
+        sets = gpu_products.inputs(case, "cuda")[0]
+        fn = gpu_clock.function_by(case, gpu_tune.chosen(case, H200))
+        with on_gpu():
+            lowered = jax.jit(fn).trace(*sets).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("mosaic_gpu_v2") == 1
 
 
 def test_dry_runs(monkeypatch, capsys, tmp_path):
