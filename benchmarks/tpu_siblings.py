@@ -57,7 +57,14 @@ def siblings(product: dict[str, Any], columns: Sequence[int], chip: str) -> tupl
         config = choose_sibling_config(problems, CHIPS[chip])
         zeros = [None] * len(codes)
         return sibling_matmuls(
-            x, codes, scales, zeros, problems=problems, config=config, x_scale=x_scale
+            x,
+            codes,
+            scales,
+            zeros,
+            problems=problems,
+            config=config,
+            cores=CHIPS[chip].cores,
+            x_scale=x_scale,
         )
 
     return fn, (x, codes, scales, x_scale), 0

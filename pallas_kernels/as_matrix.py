@@ -57,8 +57,9 @@ class Kernel:
       quantize: `(x, dtype, interpret=) -> (codes, scale)`, a kernel that quantizes rows of x;
         None where XLA does it best.
       k_minor: `multiply` takes codes as [n, k], not [k, n].
-      together: `(problems) -> multiply` of several weights with one x, if one launch can do them:
-        it takes sequences of codes, scales and zero points, and returns a list.
+      together: `(problems) -> multiply` of several weights with one x, as one launch: it takes
+        sequences of codes, scales and zero points, and returns a list. Raises `Unsupported` where
+        they cannot be one; None if no weights can.
     """
 
     name: str
@@ -66,9 +67,7 @@ class Kernel:
     multiply: Callable[..., jax.Array]
     quantize: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     k_minor: bool = False
-    together: Callable[[Sequence[MatmulProblem]], Callable[..., list[jax.Array]] | None] | None = (
-        None
-    )
+    together: Callable[[Sequence[MatmulProblem]], Callable[..., list[jax.Array]]] | None = None
 
 
 def flatten(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxquant.pallas_kernels.as_matrix import MatrixProduct
+from jaxquant.pallas_kernels.problem import Unsupported
 
 # A weight by its parts: codes, scale, zero point or None, as stored.
 Parts = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -56,15 +57,15 @@ class SiblingProducts:
         return [p.lay_out(out, x) for p, out in zip(self.products, outs, strict=True)]
 
 
-def join(runs: Sequence[Any]) -> SiblingProducts | None:
-    """One launch for all of them, or None: they are no sole matrix products, or differ.
+def join(runs: Sequence[Any]) -> SiblingProducts | str:
+    """One launch for all of them, or why there is none.
 
     Args:
       runs: what `Choice.run` is for each product of the same x, quantized alike.
     """
     products = tuple(run for run in runs if isinstance(run, MatrixProduct))
     if len(products) < max(2, len(runs)):
-        return None
+        return "not all of them are a kernel's, on one device's own arrays"
     first, *others = products
     together = first.kernel.together
     alike = all(
@@ -75,7 +76,11 @@ def join(runs: Sequence[Any]) -> SiblingProducts | None:
         and dataclasses.replace(p.problem, n=first.problem.n) == first.problem
         for p in others
     )
-    if together is None or not alike:
-        return None
-    multiply = together([p.problem for p in products])
-    return None if multiply is None else SiblingProducts(products, multiply)
+    if together is None:
+        return "the platform's kernels take one weight each"
+    if not alike:
+        return "they differ in more than their columns"
+    try:
+        return SiblingProducts(products, together([p.problem for p in products]))
+    except Unsupported as why:
+        return str(why)

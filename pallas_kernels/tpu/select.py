@@ -52,12 +52,11 @@ def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
 
 
 def _together(problems: Sequence[MatmulProblem], chip: Chip) -> Any:
-    """`sibling_matmuls` for these, or None where each is better off alone."""
-    try:
-        config = choose_sibling_config(problems, chip)
-    except Unsupported:
-        return None
-    return functools.partial(sibling_matmuls, problems=tuple(problems), config=config)
+    """`sibling_matmuls` for these."""
+    config = choose_sibling_config(problems, chip)
+    return functools.partial(
+        sibling_matmuls, problems=tuple(problems), config=config, cores=chip.cores
+    )
 
 
 def select_ragged(problem: RaggedProblem, device_kind: str, forced: bool) -> Kernel:

@@ -3,8 +3,9 @@
 Query, key and value; gate and up. The grid runs over the columns of all weights. Each weight has
 its own operands, whose index maps stand still outside of its columns, so that nothing is fetched
 or written twice. X is laid out once, and the fixed cost of a launch and of its first blocks, which
-nothing hides, is paid once. Called through `tpu.select` where the weights differ in their columns
-only.
+nothing hides, is paid once. Of several cores (megacore) each takes as many columns of every weight:
+a block of a result that stands still is written back by its core at the end, so no core may have
+passed it by. Called through `tpu.select` where the weights differ in their columns only.
 """
 
 from __future__ import annotations
@@ -40,12 +41,11 @@ def choose_sibling_config(problems: Sequence[MatmulProblem], chip: Chip) -> Matm
     Raises:
       Unsupported: none fits; says why.
     """
-    if chip.cores > 1:
-        raise Unsupported(f"{chip.name} shares columns out among its cores: a launch for each")
     narrow = min(problems, key=lambda p: p.n)
-    if narrow.n < LANES:
-        raise Unsupported(f"a weight of {narrow.n} columns: at least {LANES} share blocks")
-    narrow = dataclasses.replace(narrow, n=narrow.n // LANES * LANES)
+    least = LANES * chip.cores
+    if narrow.n < least:
+        raise Unsupported(f"a weight of {narrow.n} columns: at least {least} share blocks")
+    narrow = dataclasses.replace(narrow, n=narrow.n // least * LANES)  # those of one core
     config = choose_config(narrow, chip)
     needed = vmem_bytes(narrow, config) * len(problems)
     limit = int(chip.vmem_bytes * 0.9)
@@ -63,6 +63,7 @@ def sibling_matmuls(
     *,
     problems: Sequence[MatmulProblem],
     config: MatmulConfig,
+    cores: int = 1,
     x_scale: jax.Array | None = None,
     table: Sequence[float] | None = None,
     interpret: Any = False,
@@ -76,6 +77,7 @@ def sibling_matmuls(
       zero_points: likewise, or None.
       problems: the products; they differ in n only.
       config: of all.
+      cores: how many share the columns of each weight.
       x_scale: [m, 1], float32.
       table: the 16 values of "table4" codes.
       interpret: as for pl.pallas_call.
@@ -97,7 +99,7 @@ def sibling_matmuls(
         weight = dict(zip(("codes", "scale", "zero_point"), parts, strict=True))
         operands = kernel_operands({"x": x, "x_scale": x_scale, **weight}, table, own, c)
         first = ranges[-1][1] if ranges else 0
-        ranges.append((first, first + pl.cdiv(own.n, c.bn)))
+        ranges.append((first, first + pl.cdiv(pl.cdiv(own.n, c.bn), cores)))
         specs = _specs(own, c, *ranges[-1], depth)
         for name in operands:
             if name not in _OF_ALL or i == 0:
@@ -110,7 +112,7 @@ def sibling_matmuls(
 
     def kernel(*refs: Any) -> None:
         named = list(zip(names, refs, strict=True))
-        column, step = pl.program_id(1), pl.program_id(2)
+        column, step = pl.program_id(2), pl.program_id(3)
         for i, ((first, end), own) in enumerate(zip(ranges, problems, strict=True)):
             of_weight = {name: ref for (name, whose), ref in named if whose in (None, i)}
 
@@ -120,7 +122,7 @@ def sibling_matmuls(
 
     outs = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(rows, c.bm), ranges[-1][1], depth),
+        grid=(cores, pl.cdiv(rows, c.bm), ranges[-1][1], depth),
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=[
@@ -128,7 +130,8 @@ def sibling_matmuls(
         ],
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=c.vmem_limit_bytes
+            dimension_semantics=("parallel" if cores > 1 else "arbitrary", *("arbitrary",) * 3),
+            vmem_limit_bytes=c.vmem_limit_bytes,
         ),
         interpret=interpret,
         name=f"{len(problems)}_of_{kernel_name(p, c)}",
@@ -139,23 +142,27 @@ def sibling_matmuls(
 def _specs(
     problem: MatmulProblem, config: MatmulConfig, first: int, end: int, depth: int
 ) -> dict[str, pl.BlockSpec]:
-    """Blocks of one weight, whose columns are blocks `first` to `end` of all."""
+    """Blocks of one weight, whose columns are blocks `first` to `end` of all that a core has.
 
-    def own_depth(i: Any, j: Any, k: Any) -> Any:
+    Where a core's share has a block more than there are, it does the last one again.
+    """
+    share, blocks = end - first, pl.cdiv(problem.n, config.bn)
+
+    def own_columns(core: Any, i: Any, j: Any, k: Any) -> Any:
+        return jnp.minimum(core * share + jnp.clip(j - first, 0, share - 1), blocks - 1)
+
+    def own_depth(core: Any, i: Any, j: Any, k: Any) -> Any:
         return k if depth == 1 else jnp.where(j < first, 0, jnp.where(j < end, k, depth - 1))
 
-    of_weight = block_specs(
-        problem,
-        config,
-        rows=lambda i, j, k: i,
-        columns=lambda i, j, k: jnp.clip(j - first, 0, end - first - 1),
-        depth=own_depth,
-    )
+    def rows(core: Any, i: Any, j: Any, k: Any) -> Any:
+        return i
+
+    of_weight = block_specs(problem, config, rows=rows, columns=own_columns, depth=own_depth)
     plain = block_specs(
         problem,
         config,
-        rows=lambda i, j, k: i,
-        columns=lambda i, j, k: j,
-        depth=lambda i, j, k: k,
+        rows=rows,
+        columns=lambda core, i, j, k: j,
+        depth=lambda core, i, j, k: k,
     )
     return {name: (plain if name in _OF_ALL else of_weight)[name] for name in plain}

@@ -94,8 +94,15 @@ def describe_products(
     told = [describe_product(product, place, implementation) for product in products]
     if len(products) > 1 and place.platform in PLATFORMS:
         choices = [choose_kernel(product, place, implementation) for product in products]
-        if join([choice.run for choice in choices]) is not None:
-            return [(name, f"{reason}; one launch with its siblings") for name, reason in told]
+        runs = [choice.run for choice in choices]
+        joined = join(runs)
+        remark = "one launch with its siblings"
+        if isinstance(joined, str):
+            remark = f"a launch apart from its siblings: {joined}"
+        return [
+            (name, f"{reason}; {remark}" if run is not None else reason)
+            for (name, reason), run in zip(told, runs, strict=True)
+        ]
     return told
 
 

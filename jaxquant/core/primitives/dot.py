@@ -42,7 +42,7 @@ from jaxquant.pallas_kernels.dispatch import (
     check_implementation,
 )
 from jaxquant.pallas_kernels.dot_axes import DotAxes, DotDimensionNumbers, Side
-from jaxquant.pallas_kernels.siblings import join
+from jaxquant.pallas_kernels.siblings import SiblingProducts, join
 from jaxquant.pallas_kernels.spmd import PartitionedProduct
 
 quantized_dot_general_p = _compat.make_primitive("quantized_dot_general")
@@ -297,7 +297,7 @@ def lowering(
     def compute(
         x: jax.Array, quantized: Sequence[jax.Array], weights: Sequence[QTensor]
     ) -> list[jax.Array]:
-        if joined is not None:
+        if isinstance(joined, SiblingProducts):
             return run_joined(joined, x, quantized, weights)
         return [
             run_kernel(choice, x, quantized, w)

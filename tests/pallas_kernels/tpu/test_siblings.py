@@ -17,7 +17,7 @@ from jaxquant.pallas_kernels.as_matrix import Weight
 from jaxquant.pallas_kernels.dispatch import Place, choose
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
-from jaxquant.pallas_kernels.siblings import join
+from jaxquant.pallas_kernels.siblings import SiblingProducts, join
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.siblings import choose_sibling_config, sibling_matmuls
@@ -27,7 +27,7 @@ DIMS = (((1,), (0,)), ((), ()))
 V5E = Place("tpu", "TPU v5 lite")
 
 
-def check(problems, config, seed=0, interpret=True):
+def check(problems, config, seed=0, interpret=True, cores=1):
     each = [cases.make(p, seed + i) for i, p in enumerate(problems)]
     x = each[0].arrays["x"]
     factors = each[0].arrays.get("x_scale")
@@ -38,6 +38,7 @@ def check(problems, config, seed=0, interpret=True):
             *parts,
             problems=problems,
             config=config,
+            cores=cores,
             x_scale=factors,
             table=each[0].arrays.get("table"),
             interpret=interpret,
@@ -56,11 +57,11 @@ def check(problems, config, seed=0, interpret=True):
 @settings(max_examples=10)
 @given(
     m=st.sampled_from([1, 20, 130]),
-    columns=st.lists(st.sampled_from([128, 200, 384, 512]), min_size=2, max_size=3),
+    columns=st.lists(st.sampled_from([256, 300, 384, 512]), min_size=2, max_size=3),
     codes=st.sampled_from(["int4", "int8", "int2"]),
     x_dtype=st.sampled_from(["bfloat16", "int8"]),
     zero_point=st.booleans(),
-    chip=st.sampled_from(["v5e", "v6e", "v7x"]),
+    chip=st.sampled_from(sorted(CHIPS)),
 )
 def test_chosen_configs(m, columns, codes, x_dtype, zero_point, chip):
     if codes == "int2":
@@ -69,16 +70,18 @@ def test_chosen_configs(m, columns, codes, x_dtype, zero_point, chip):
         m, 256, 128, codes, x_dtype, 64, zero_point, x_dtype == "int8", out_dtype="float32"
     )
     problems = tuple(dataclasses.replace(problem, n=n) for n in columns)
-    check(problems, choose_sibling_config(problems, CHIPS[chip]))
+    check(problems, choose_sibling_config(problems, CHIPS[chip]), cores=CHIPS[chip].cores)
 
 
+@pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("bk", [128, 256])
-def test_no_races(bk, capfd):
+def test_no_races(bk, cores, capfd):
     """Several blocks of rows, columns and contracted values, each written and read in turn."""
     problem = MatmulProblem(40, 256, 256, "int4", group=64, out_dtype="float32")
-    problems = (problem, dataclasses.replace(problem, n=128), problem)
+    problems = (problem, dataclasses.replace(problem, n=128 * cores), problem)
     config = MatmulConfig(16, 128, bk, "after", "cast")
-    check(problems, config, interpret=pltpu.InterpretParams(detect_races=True))
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    check(problems, config, interpret=params, cores=cores)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
@@ -91,16 +94,17 @@ def pick(n, codes="int4", groups=4, place=V5E, **options):
 
 def test_what_is_joined():
     runs = [pick(256), pick(128), pick(128)]
-    assert join(runs) is not None
-    assert join(runs[:1]) is None
-    assert join([pick(256), None]) is None  # one is XLA's
-    assert join([pick(256), pick(128, groups=2)]) is None  # other groups
-    assert join([pick(256), pick(128, "int8")]) is None
+    assert isinstance(join(runs), SiblingProducts)
+    assert "not all of them are a kernel's" in join(runs[:1])
+    assert "not all of them are a kernel's" in join([pick(256), None])  # one is XLA's
+    assert "differ in more than their columns" in join([pick(256), pick(128, groups=2)])
+    assert "differ in more than their columns" in join([pick(256), pick(128, "int8")])
     v5p = Place("tpu", "TPU v5")
-    assert join([pick(256, place=v5p), pick(128, place=v5p)]) is None
+    assert isinstance(join([pick(256, place=v5p), pick(512, place=v5p)]), SiblingProducts)
+    assert "at least 256 share blocks" in join([pick(256, place=v5p), pick(128, place=v5p)])
+    cuda = Place("cuda", "NVIDIA H200")
+    assert "take one weight each" in join([pick(256, place=cuda), pick(128, place=cuda)])
     problem = MatmulProblem(8, 256, 128, "int4", group=64)
-    with pytest.raises(Unsupported, match="v5p shares columns out among its cores"):
-        choose_sibling_config([problem, problem], CHIPS["v5p"])
     with pytest.raises(Unsupported, match="a weight of 96 columns"):
         choose_sibling_config([problem, dataclasses.replace(problem, n=96)], CHIPS["v5e"])
 
