@@ -34,7 +34,7 @@ from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
 Refs = dict[str, Any]
 
 # Registers of the loading warpgroup; the others share what it leaves.
-_MEMORY_REGISTERS = 56
+_MEMORY_REGISTERS = 80
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(1)
 _BY_ROW = plgpu.Layout.WGMMA.reduce(0)
 
