@@ -78,6 +78,7 @@ def program(chip: Chip, label: str, m: int, k: int, n: int) -> Program:
         c = config
         name = (
             f"{label}|{rows}x{k}x{columns}|{c.bm}x{c.bk}x{c.bn} {c.scale} {c.reading} {c.operand}"
+            f"{' stream' if c.stream else ''}"
         )
         return Program(
             label, problem, config, Job(name, "benchmarks.tpu_cases:chosen", arguments), times
