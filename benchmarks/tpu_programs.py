@@ -123,6 +123,9 @@ class Time:
       at_least: the time is a lower bound, from schedules, bytes and multiply-adds.
       unwaited: of our kernels, the time if no step waited for its blocks; else None.
       model: microseconds by XLA's cost model, where that is all the compiler says; else None.
+      in_turn: of XLA's grouped int4, microseconds of the program as it stands, its operations one
+        after the other: a weight that is copied to VMEM is there before the product begins; else
+        None.
     """
 
     microseconds: float | None
@@ -130,6 +133,7 @@ class Time:
     at_least: bool = False
     unwaited: float | None = None
     model: float | None = None
+    in_turn: float | None = None
 
 
 def time_of(chip: Chip, item: Program, static: Static) -> Time:
@@ -148,7 +152,9 @@ def time_of(chip: Chip, item: Program, static: Static) -> Time:
             unwaited = min(max(busy, memory), max(compute, memory))
             if busy < memory < compute:
                 unit = "waiting for blocks"
-        return Time(max(compute, memory), unit if compute > memory else "memory", unwaited=unwaited)
+        bound = unit if compute > memory else "memory"
+        in_turn = _in_turn(chip, item, static) if item.label in BASELINES[1:] else None
+        return Time(max(compute, memory), bound, unwaited=unwaited, in_turn=in_turn)
     p, rate = item.problem, chip.clock * chip.cores / 1e6
     macs = p.m * p.k * p.n / chip.macs_per_cycle / rate
     bandwidth = chip.hbm_bandwidth * chip.cores / 1e6
@@ -157,7 +163,16 @@ def time_of(chip: Chip, item: Program, static: Static) -> Time:
     )
     model = item.times * sum(op["cycles"] for op in static.sequence) / chip.clock * 1e6
     least, bound = max((memory, "memory"), (macs, "MATMUL"), (one_by_one, unit))
-    return Time(least, bound, at_least=True, model=model or None)
+    return Time(least, bound, at_least=True, model=model or None, in_turn=least)
+
+
+def _in_turn(chip: Chip, item: Program, static: Static) -> float:
+    """Microseconds of operations that follow each other, each by its estimate and its bytes."""
+    bandwidth = chip.hbm_bandwidth * chip.cores
+    return item.times * sum(
+        max(static.operations.get(op["name"], 0) / chip.clock, op["bytes"] / bandwidth) * 1e6
+        for op in static.sequence
+    )
 
 
 def _busy(chip: Chip, item: Program, static: Static) -> float:

@@ -50,6 +50,7 @@ class Row:
       unwaited: of our kernels, microseconds if no step waited for its blocks: XLA's and tokamax's
         figures count no such waits, and can be compared with this; else None.
       model: microseconds by XLA's cost model where there is no estimate.
+      in_turn: of XLA's grouped int4, microseconds if its operations follow each other.
       floor: microseconds that each resource needs (`tpu_floor`); empty if it is none of ours.
       over_floor: time over the largest of them.
       bytes: what must be moved once.
@@ -66,6 +67,7 @@ class Row:
     at_least: bool
     unwaited: float | None
     model: float | None
+    in_turn: float | None
     floor: dict[str, float]
     over_floor: float | None
     bytes: int
@@ -202,6 +204,7 @@ def _row(chip: Chip, item: Program, static: Static) -> Row:
         time.at_least,
         None if time.unwaited is None else round(time.unwaited, 3),
         None if time.model is None else round(time.model, 3),
+        None if time.in_turn is None else round(time.in_turn, 3),
         {} if floor is None else {name: round(t, 3) for name, t in floor.times.items()},
         over,
         moved(item),

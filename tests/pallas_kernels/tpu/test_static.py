@@ -77,6 +77,21 @@ def test_time_without_an_estimate_is_a_lower_bound():
     assert time_of(V5E, item, Static("", "v5e", error="no\nway")).microseconds is None
 
 
+def test_a_copy_that_the_product_waits_for():
+    """XLA copies the weight to VMEM, then multiplies: the estimate counts the product alone."""
+    item = program(V5E, "xla int4 g128", 8, 4096, 4096)
+    copy = {"name": "copy-done", "bundles": 0, "steps": 1, "bytes": 2**23, "cycles": 0}
+    dot = {"name": "fusion", "bundles": 9, "steps": 1, "bytes": 0, "cycles": 0}
+    cycles = {"fusion": 20_000}
+    static = Static("", "v5e", cycles=20_000, operations=cycles, sequence=[copy, dot])
+    time = time_of(V5E, item, static)
+    product = 20_000 / V5E.clock * 1e6
+    assert time.microseconds == pytest.approx(product)
+    assert time.in_turn == pytest.approx(product + 2**23 / V5E.hbm_bandwidth * 1e6)
+    floats = program(V5E, "bf16", 8, 4096, 4096)
+    assert time_of(V5E, floats, static).in_turn is None
+
+
 def test_what_bounds_our_time():
     item = program(V5E, "w4a16 g128", 16, 4096, 4096)
     units = {"VALU": 90.0, "MATMUL": 10.0}
