@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from jax.extend.core import primitives as jp
@@ -114,8 +115,34 @@ def _compare(flow: Flow, node: Node) -> None:
                 flow.forbid(layout, node, f"{node.kind} compares it with something not zero")
 
 
+@register(jp.square_p, jp.integer_pow_p, jp.sqrt_p, jp.rsqrt_p)
+def _power(flow: Flow, node: Node) -> None:
+    """Powers of a product are products of powers: relu(s x)^2 = s^2 relu(x)^2."""
+    own = {jp.square_p: 2, jp.sqrt_p: Fraction(1, 2), jp.rsqrt_p: Fraction(-1, 2)}
+    _raised(flow, node, Fraction(own.get(node.kind, node.params.get("y", 0))))
+
+
+def _raised(flow: Flow, node: Node, power: Fraction) -> None:
+    if power == 0:
+        for value in node.values:
+            if (layout := flow.get(value)) is not None:
+                flow.forbid(layout, node, f"{node.kind} with exponent 0 is one")
+        return
+    flow.positive = True
+    flips = power < 0
+
+    def move(layout: Array) -> Array:
+        return inverse(layout) if flips else layout
+
+    why = f"the factor to the power {power} is the factor of the power"
+    link(flow, node, node.ins[0], node.outs[0], move, move, why, abs(power))
+
+
 @register(jp.mul_p, jp.div_p)
 def _product(flow: Flow, node: Node) -> None:
+    if node.kind is jp.mul_p and node.ins[0] is node.ins[1]:
+        _raised(flow, node, Fraction(2))
+        return
     carrier = carrier_of(flow, node, node.ins)
     if carrier is None:
         return

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from jaxquant.passes.channel_moves import project
 from jaxquant.passes.channel_products import contracted_axes, product_names, shared_axes
 from jaxquant.passes.channel_proof import ProofStep, proof_step
 from jaxquant.passes.channel_rules import RULES
-from jaxquant.passes.channel_solver import CONTRACT, SAME, Flow, Obstacle, Reason
+from jaxquant.passes.channel_solver import CONTRACT, ONCE, SAME, Flow, Obstacle, Reason
 from jaxquant.passes.interpreter import Site
 from jaxquant.passes.program import Program
 
@@ -41,11 +42,13 @@ class Absorber:
         where the element is multiplied by factor number c, -c where it is divided by it, 0 where
         it stays.
       steps: the operations between the parameter and the group's input, in that order.
+      power: the power of the factor that it is: 1/2 in front of a square.
     """
 
     path: str
     factors: Array
     steps: tuple[ProofStep, ...]
+    power: Fraction = ONCE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +104,8 @@ class ChannelGroup:
         lines[0] += shared + fixed
         for verb, absorbers in (("divided", self.producers), ("multiplied", self.weights)):
             for absorber in absorbers:
-                lines.append(f"  {absorber.path} {_axes(absorber)} is {verb}")
+                by = "" if absorber.power == 1 else f" by the power {absorber.power} of the factors"
+                lines.append(f"  {absorber.path} {_axes(absorber)} is {verb}{by}")
                 lines += [f"    {step}" for step in absorber.steps]
         lines += [f"  factor 1: {why}" for why in self.obstacles]
         return "\n".join(lines)
@@ -209,7 +213,8 @@ def _group(
     for path, value in graph.params.items():
         factors = numbers.of(flow.layouts.get(value, np.zeros(1, np.int64)))
         if factors.any():
-            absorbers[path] = Absorber(path, factors, _steps(flow, value))
+            steps = _steps(flow, value)
+            absorbers[path] = Absorber(path, factors, steps, flow.powers[value])
     return ChannelGroup(
         consumers=consumers,
         readers=tuple(n.site for n in graph.nodes if n in readers),

@@ -10,13 +10,14 @@ rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 from jax.extend.core import Primitive
 
 from jaxquant.passes import registry
 from jaxquant.passes.channel_graph import Node, Value
 from jaxquant.passes.channel_labels import Array
-from jaxquant.passes.channel_solver import Flow, Reason, Rule
+from jaxquant.passes.channel_solver import ONCE, Flow, Reason, Rule
 
 RULES: dict[Primitive | str, Rule] = {}
 
@@ -29,17 +30,18 @@ def register(*kinds: Primitive | str) -> Callable[[Rule], Rule]:
 
 
 def link(
-    flow: Flow, node: Node, a: Value, b: Value, forward: Map, backward: Map, why: str
-) -> None:
-    """Two values whose factors determine each other."""
-    for known, other, move in ((b, a, backward), (a, b, forward)):
+    flow: Flow, node: Node, a: Value, b: Value, forward: Map, backward: Map, why: str,
+    power: Fraction = ONCE,
+) -> None:  # fmt: skip
+    """Two values whose factors determine each other; b's are this power of a's."""
+    for known, other, move, own in ((b, a, backward, 1 / power), (a, b, forward, power)):
         layout = flow.get(known)
         if layout is None or (known is b and flow.get(a) is not None):
             continue
         before = flow.free
         moved = move(layout)
         shared = "; channels that it repeats share one factor" if flow.free < before else ""
-        flow.assign(other, moved, Reason(node, known, why + shared))
+        flow.assign(other, moved, Reason(node, known, why + shared, own))
 
 
 def equal(flow: Flow, node: Node, values: Sequence[Value], why: str) -> None:

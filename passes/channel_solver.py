@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,24 @@ SAME = (
 )  # fmt: skip
 
 
+ONCE = Fraction(1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """Why a value carries factors: an operation, the value on its other side, and the argument."""
+    """Why a value carries factors: an operation, the value on its other side, and the argument.
+
+    Attributes:
+      node: the operation.
+      before: the value.
+      why: the argument.
+      power: the power of that value's factors which this one carries: 2 behind a square.
+    """
 
     node: Node | None
     before: Value | None
     why: str
+    power: Fraction = ONCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Flow:
     Attributes:
       labels: what is known about labels.
       layouts: labels of each value that carries factors.
+      powers: the power of the labels' factors that the value carries, positive.
       carriers: how each product passes factors on.
       reasons: why a value got its labels.
       obstacles: what made factors one.
@@ -74,6 +87,7 @@ class Flow:
     ) -> None:
         self.labels = Labels()
         self.layouts: dict[Value, Array] = {}
+        self.powers: dict[Value, Fraction] = {}
         self.carriers: dict[Node, Carrier] = {}
         self.reasons: dict[Value, Reason] = {}
         self.obstacles: list[Obstacle] = []
@@ -106,10 +120,16 @@ class Flow:
 
     def assign(self, value: Value, layout: Array, reason: Reason) -> None:
         """States the factors of a value; contradictions become factors of one."""
-        if value in self.layouts:
+        power = reason.power * (ONCE if reason.before is None else self.powers[reason.before])
+        if value in self.layouts and self.powers[value] == power:
             self.labels.merge(self.layouts[value], layout)
+        elif value in self.layouts:
+            why = f"it would carry the powers {self.powers[value]} and {power} of a factor"
+            self.forbid(self.layouts[value], reason.node, why)
+            self.forbid(layout, reason.node, why)
         elif not self.labels.is_one(layout) and constant(value) not in _INVARIANT:
             self.layouts[value], self.reasons[value] = layout, reason
+            self.powers[value] = power
             blocked = _blocked(value)
             if blocked:
                 self.forbid(layout, reason.node, blocked)

@@ -102,10 +102,11 @@ def _parts(
 ) -> None:
     """A value and the parts it is joined of, or split into, along an axis of its labels."""
     if flow.get(whole) is None:
-        layouts = [flow.get(part) for part in parts]
         known = next((part for part in parts if flow.get(part) is not None), None)
         if known is None:
             return
+        power = flow.powers[known]
+        layouts = [flow.get(p) if flow.powers.get(p) == power else None for p in parts]
         joined = moves.join(flow.labels, layouts, axis, sizes)
         flow.assign(whole, joined, Reason(node, known, _MOVES))
     start = 0

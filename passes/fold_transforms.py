@@ -173,7 +173,8 @@ def group_factors(group: ChannelGroup, values: Array) -> dict[str, Array]:
       Float64 arrays by path, that broadcast to the parameters.
     """
     table = _table(group, values)
-    return {a.path: table[a.factors + group.count] for a in (*group.producers, *group.weights)}
+    absorbers = (*group.producers, *group.weights)
+    return {a.path: table[a.factors + group.count] ** float(a.power) for a in absorbers}
 
 
 def _table(group: ChannelGroup, values: Array) -> Array:

@@ -1,5 +1,7 @@
 """Which parameters can take a factor per channel, found in programs of different shape."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,8 +165,9 @@ X = f32(3, 6)
     [
         (jnp.tanh, "tanh does not commute"),
         (lambda h: h + 1, "constant of the program"),
-        (jnp.square, "square does not commute"),
-        (lambda h: h * h, "both operands of a product"),
+        (lambda h: h * h + h, "would carry the powers"),
+        (lambda h: jax.nn.gelu(h) ** 2, "would carry the powers|does not commute"),
+        (lambda h: jax.lax.integer_pow(h, 0), "exponent 0"),
         (lambda h: h / h.sum(-1, keepdims=True), "both operands of a product"),
         (lambda h: jnp.where(h > 1, h, 0), "gt compares it"),
         (lambda h: jnp.sort(h, -1), "sort does not commute"),
@@ -174,7 +177,7 @@ def test_what_does_not_commute_is_refused_with_its_reason(between, why):
     found = groups(lambda p, x: between(x @ p["a"]) @ p["b"], W, X)
     (group,) = (g for g in found if g.consumers == ("b",))
     assert not group.foldable and group.producers == () and not group.channels.any()
-    assert any(why in o for o in group.obstacles), group.obstacles
+    assert any(re.search(why, o) for o in group.obstacles), group.obstacles
 
 
 @pytest.mark.parametrize(

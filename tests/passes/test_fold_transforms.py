@@ -176,7 +176,7 @@ X = jax.random.normal(jax.random.key(2), (3, 6))
 
 
 def test_refused_with_the_reason():
-    with pytest.raises(FoldError, match=r"b: .*tanh|integer_pow.*\n?") as error:
+    with pytest.raises(FoldError, match=r"b: .*(tanh|powers 1 and 3)") as error:
         fold(gelu_mlp, MLP, (X,), {"b": np.ones(8)}, "refuse")
     assert "'multiply' makes explicit operations" in str(error.value)
     assert "pass 'fold_transforms'" in error.value.__notes__[0]
@@ -227,8 +227,90 @@ def test_a_tied_table_cannot_be_scaled_even_explicitly():
     model = linen_model.Decoder(DECODER)
     params = model.init(jax.random.key(0), TOKENS)
     factors = {"embed/embedding": 2 * np.ones(16)}
-    with pytest.raises(FoldError, match="embed/embedding: square"):
+    with pytest.raises(FoldError, match="embed/embedding: "):
         fold(model.apply, params, (TOKENS,), factors, "multiply")
+
+
+# --- powers, and groups of features -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("between", "power"),
+    [
+        (lambda h: jax.nn.relu(h) ** 2, 2),
+        (lambda h: (lambda r: r * r)(jax.nn.relu(h)), 2),
+        (lambda h: jnp.sqrt(jax.nn.relu(h)), 0.5),
+        (lambda h: jax.lax.rsqrt(jnp.abs(h)), -0.5),
+        (lambda h: jnp.abs(h) ** -3, -3),
+        (lambda h: jnp.concatenate([jax.nn.relu(h[:, 4:]) ** 2, jnp.abs(h[:, :4]) ** 2], 1), 2),
+    ],
+)
+def test_a_power_in_between_is_absorbed_by_its_root(between, power):
+    def fn(p, x):
+        return between(x @ p["a"]) @ p["b"]
+
+    program, _, _ = fold(fn, MLP, (X,))
+    (b,) = program.facts[FACT]["b"]
+    (a,) = program.facts[FACT]["a"]
+    want = b.ravel() ** (-1 / power)
+    if a.shape == (1, 8) and not np.allclose(a.ravel(), want):
+        want = np.roll(want, 4)  # concatenated the other way round
+    np.testing.assert_allclose(a.ravel(), want, rtol=1e-6)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), MLP)
+        new = fold_parameters(wide, program.facts[FACT])
+        before, after = fn(wide, np.asarray(X, np.float64)), fn(new, np.asarray(X, np.float64))
+        check_same(before, after, tolerance=1e-12, what="fold")
+
+
+def conv(x, w, groups=1):
+    return jax.lax.conv_general_dilated(
+        x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=groups
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_convolutions_in_groups_of_features_pass_factors_on(groups):
+    shapes = {"a": (3, 5, 8), "g": (3, 8 // groups, 16), "b": (3, 16, 4)}
+    keys = jax.random.split(jax.random.key(3), 3)
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items())}
+    x = jax.random.normal(jax.random.key(4), (2, 6, 5))
+
+    def fn(p, x):
+        h = jax.nn.relu(conv(jax.nn.relu(conv(x, p["a"])), p["g"], groups))
+        return conv(h, p["b"])
+
+    program, _, _ = fold(fn, params, (x,))
+    facts = program.facts[FACT]
+    assert facts["b"][0].shape == (1, 16, 1)
+    assert any(array.shape[-1] == 16 for array in facts["g"])
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+        new = {**wide, **fold_parameters(wide, facts)}
+        before, after = fn(wide, np.asarray(x, np.float64)), fn(new, np.asarray(x, np.float64))
+        check_same(before, after, tolerance=1e-12, what="fold")
+    assert not np.allclose(new["g"], wide["g"])
+
+
+def test_factors_within_a_group_are_cancelled_by_its_kernel():
+    """Two readers of one value: a plain convolution asks for factors, the grouped one follows."""
+    shapes = {"a": (3, 5, 8), "g": (3, 4, 6), "b": (3, 8, 4)}
+    keys = jax.random.split(jax.random.key(3), 3)
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items())}
+    x = jax.random.normal(jax.random.key(4), (2, 6, 5))
+
+    def fn(p, x):
+        h = jax.nn.relu(conv(x, p["a"]))
+        return conv(h, p["b"]), conv(h, p["g"], 2)
+
+    program, _, folded = fold(fn, params, (x,))
+    factors = program.facts[FACT]["b"][0].ravel()
+    got = program.facts[FACT]["g"][0]
+    assert got.shape == (1, 4, 6)
+    np.testing.assert_allclose(got[0, :, :3], factors[:4, None] * np.ones(3), rtol=1e-6)
+    np.testing.assert_allclose(got[0, :, 3:], factors[4:, None] * np.ones(3), rtol=1e-6)
+    for before, after in zip(fn(params, x), fn(folded, x), strict=True):
+        check_same(before, after, tolerance=1e-5, what="fold")
 
 
 # --- wrong use and wrong folds ----------------------------------------------------------------

@@ -161,7 +161,8 @@ def smooth_factors(
         numbers = np.abs(weight.factors)
         magnitude = np.abs(np.asarray(parameters[weight.path], np.float32))
         rest = tuple(a for a, n in enumerate(numbers.shape) if n == 1)
-        np.maximum.at(w, numbers, magnitude.max(axis=rest, keepdims=True))
+        own = 1 / float(weight.power)  # as if it were multiplied by the factors themselves
+        np.maximum.at(w, numbers, magnitude.max(axis=rest, keepdims=True) ** own)
         seen = _at_weight(
             np.asarray(statistics[weight.path][STATISTIC]), magnitude.shape, numbers.shape
         )
@@ -171,7 +172,7 @@ def smooth_factors(
                 f"{numbers.shape} in the program: leave it out (jaxquant.smooth: only=; a recipe: "
                 "a rule with transforms=False)"
             )
-        np.maximum.at(x, numbers, seen)
+        np.maximum.at(x, numbers, seen**own)
     with np.errstate(divide="ignore", invalid="ignore"):
         factors = np.maximum(x**alpha / w ** (1 - alpha), 1e-5)
     return np.where((x > 0) & (w > 0), factors, 1.0)[1:]
