@@ -53,7 +53,14 @@ _BITS2 = Unpack("a word of 16 codes: 8 x (shift, and, or 128.0), the first witho
 _BITS3 = Unpack(
     "3 words of 32 codes: 16 x (2 x (shift, and), or, or 128.0), 2 fields of 2 words", 3.125
 )
-_TABLE = Unpack("a code: shift, and, look-up across lanes, half of a packing", 2.5, 1.0)
+_TABLE = Unpack(
+    "a code: shift, and, minus its sublane, two rotations, and, compare, select; half an or", 8.5
+)
+_E2M1 = Unpack(
+    "a word of 8 codes: 2 shifts, 3 or, and; 4 x (3 x (shift, and), 2 or), one without shift",
+    37 / 8,
+)
+_CONVERTED = Unpack("a register of bfloat16, 2 codes a lane: one conversion", 0.5)
 # (codes, operand, vector arithmetic on bfloat16) -> sequence. Asked for in this order: exact, then
 # whatever the chip.
 UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
@@ -71,7 +78,10 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ),
     ("int3", "bfloat16", None): _BITS3,
     ("int2", "bfloat16", None): _BITS2,
+    ("int4", "int4", None): _NONE,
     ("table4", "bfloat16", None): _TABLE,
+    ("e2m1", "bfloat16", None): _E2M1,
+    ("float4", "bfloat16", None): _CONVERTED,
     ("float8", "float8", None): _NONE,
     ("float8", "bfloat16", False): Unpack(
         "a code: shift, and, or an exponent, subtract it, or the sign; half of a packing", 5.5
@@ -115,10 +125,15 @@ def floor(problem: MatmulProblem, operand: str, chip: Chip) -> Floor:
       Times of all its cores together.
     """
     p = problem
-    size, weights = 1 if "8" in operand else 2, p.k * p.n
+    size, weights = {"bfloat16": 2.0, "int4": 0.5}.get(operand, 1.0), p.k * p.n
     rows = math.ceil(p.m / 8) * 8
-    fast = 2 if operand == "int8" or (chip.name == "v7x" and operand.startswith("float8")) else 1
-    way = unpack(p.codes, operand, chip)
+    fast = {"int8": 2, "int4": 4}.get(operand, 1)
+    if chip.name == "v7x" and operand.startswith("float8"):
+        fast = 2
+    codes = p.codes
+    if p.e2m1:
+        codes = "float4" if chip.converts_float4 else "e2m1"
+    way = unpack(codes, operand, chip)
     valu = weights * way.valu + _scaling(p, chip)
     cycles = {
         "matrix": rows * weights / (chip.macs_per_cycle * fast),

@@ -1,5 +1,6 @@
 """How the static figures are read: programs that stand for larger ones, floors, lower bounds."""
 
+import dataclasses
 import json
 
 import pytest
@@ -111,12 +112,29 @@ def test_what_bounds_our_time():
 def test_every_format_has_a_floor(chip):
     for label, fields in FORMATS.items():
         problem = MatmulProblem(1024, 4096, 4096, **fields)
+        if label == "table4 g64" and not CHIPS[chip].gathers_sublanes:
+            continue  # no kernel
         floor = tpu_floor.floor(problem, choose_config(problem, CHIPS[chip]).operand, CHIPS[chip])
         assert floor.times[floor.bound] == floor.microseconds > 0, label
         macs = 1024 * 4096 * 4096 / CHIPS[chip].bf16_flops * 2e6 / CHIPS[chip].cores
         assert macs / 2.01 < floor.times["matrix"] < macs * 1.01, label
     with pytest.raises(KeyError, match="no sequence"):
         tpu_floor.unpack("int3", "int8", CHIPS[chip])
+
+
+def test_floors_of_tables_and_of_int4():
+    """E2M1 by its bits is half of a table; v7x has a conversion; int4 is multiplied as is."""
+    nf4 = MatmulProblem(16, 4096, 4096, "table4", group=64)
+    e2m1 = dataclasses.replace(nf4, e2m1=True)
+
+    def vector(problem, chip):
+        return tpu_floor.floor(problem, "bfloat16", CHIPS[chip]).times["vector"]
+
+    assert 1.6 < vector(nf4, "v5e") / vector(e2m1, "v5e") < 1.9
+    assert vector(e2m1, "v7x") < vector(e2m1, "v6e") / 3
+    int4 = MatmulProblem(1024, 4096, 4096, "int4", "int4", x_scale=True)
+    times = {o: tpu_floor.floor(int4, o, V5E).times["matrix"] for o in ("int4", "int8")}
+    assert times["int8"] == 2 * times["int4"]
 
 
 def test_the_vector_floor_by_hand():
