@@ -66,9 +66,9 @@ class Kernel:
     Attributes:
       registers: a thread's.
       spills: bytes of spill stores and loads.
-      complaints: ptxas' codes where it serializes wgmma, such as C7512 for want of registers. (It
-        also says C7504, setmaxnreg is ignored: jaxlib links kernels with nvJitLink, if that is
-        installed, and so all warpgroups get an equal share of the registers.)
+      complaints: ptxas' codes where it serializes wgmma, such as C7512 for want of registers. (With
+        jaxlib 0.12 it also says C7504, setmaxnreg is ignored: that links kernels with nvJitLink, if
+        it is installed, and so all warpgroups get an equal share of the registers. 0.11 does not.)
       stack: bytes of stack frame.
       shared: bytes of shared memory a block, dynamic and static.
       mma: tensor core instructions in the PTX by their shape and types.
@@ -226,13 +226,23 @@ def _read(name: str, compiled: Any, folder: str) -> Static:
 
 
 def _read_kernel(stem: str) -> Kernel:
-    ptx, report = Path(f"{stem}.ptx").read_text(), Path(f"{stem}.ptxas").read_text()
-    resources = Path(f"{stem}.resources.txt").read_text()
+    ptx = Path(f"{stem}.ptx").read_text()
+    # (jaxlib 0.12 does not always write both; a figure that is missing is 0, and shared memory is
+    # never that.)
+    report, resources = (
+        path.read_text(errors="replace") if path.exists() else ""
+        for path in (Path(f"{stem}.ptxas"), Path(f"{stem}.resources.txt"))
+    )
     words = Counter(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]\w*)[.\s]", ptx, re.MULTILINE))
     mma = r"(?:wgmma\.mma_async[\w.]*?aligned|mma\.sync[\w.]*?aligned[\w.]*?)\.(m\d+n\d+k\d+[\w.]*)"
     return Kernel(
         registers=_largest(r"Used (\d+) registers", report),
-        spills=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        spills=sum(
+            int(stores) + int(loads)
+            for stores, loads in re.findall(
+                r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+            )
+        ),
         complaints=sorted(set(re.findall(r"\((C75\d\d)\)[^\n]*serialized", report))),
         stack=_largest(r"(\d+) bytes stack frame", report),
         shared=_largest(r"smem_scratch_bytes=(\d+)", resources)
