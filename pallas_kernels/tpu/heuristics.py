@@ -45,8 +45,10 @@ _ROWS_WORTH_READING = 48
 _MOST_DEPTH = 16384
 _STEP_BYTES = 2 * 2**20
 _MIB = 2**20
-# Kernels that fetch their codes themselves: up to so many rows, on these chips.
+# Kernels that fetch their codes themselves: up to so many rows, so many codes a block or more (a
+# wait costs more than half of a smaller block takes to come), on these chips.
 _STREAM_ROWS = 16
+_STREAM_CODES = 4 * 2**20
 _STREAMS = ("v5e", "v6e")
 
 
@@ -232,8 +234,8 @@ def _streams(problem: MatmulProblem, config: MatmulConfig, chip: Chip) -> bool:
     """Whether fetching codes itself is possible for a kernel, and pays."""
     p, c = problem, config
     few = c.bm == _STREAM_ROWS >= p.m and c.bk == p.k and p.n % c.bn == 0 and c.scale == "after"
-    alone = p.group >= LANES and p.groups % PARTS == 0 and not c.parallel
-    return few and alone and p.codes == "int4" and chip.name in _STREAMS
+    whole = p.group >= LANES and p.groups % PARTS == 0 and c.bk * c.bn >= _STREAM_CODES
+    return few and whole and p.codes == "int4" and chip.name in _STREAMS
 
 
 def _block_of_k(k: int, granule: int, most: int) -> int:
