@@ -22,6 +22,9 @@ from jax.extend.mlir.dialects import arith, memref, vector
 from jaxquant.pallas_kernels.gpu.layouts import WORDS
 
 ENTRIES, BANKS = 256, 32
+# Where a byte of a word, shifted, is the number of a row of the table seen as flat: rows are 2^5.
+_ROW = 5
+ROW_MASK = (ENTRIES - 1) << _ROW
 
 
 def pairs(table: Sequence[float]) -> jax.Array:
@@ -86,16 +89,21 @@ def _bank() -> Any:
     return arith.addi(arith.remui(mgpu.thread_idx(), mgpu.c(BANKS, i32)), zero)
 
 
+def row_shift(byte: int) -> int:
+    """How far right (negative: left) a word is shifted for `ROW_MASK` to leave the byte's row."""
+    return 8 * byte - _ROW
+
+
 def _entry(entries: Any, word: Any, byte: int, bank: Any) -> Any:
     """vector<1xi32> at [byte of the word, bank], of the table seen as flat."""
     i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
     value = vector.extract(word, [], [0])
-    shift = 8 * byte - 5  # a row of the table is 2^5 entries
+    shift = row_shift(byte)
     if shift > 0:
         value = arith.shrui(value, mgpu.c(shift, i32))
     else:
         value = arith.shli(value, mgpu.c(-shift, i32))
-    at = arith.ori(arith.andi(value, mgpu.c(255 << 5, i32)), bank)
+    at = arith.ori(arith.andi(value, mgpu.c(ROW_MASK, i32)), bank)
     flat = mgpu.memref_fold(entries, 0, 2)
     loaded = memref.load(flat, [arith.index_castui(index, at)])
     return vector.broadcast(ir.VectorType.get((1,), i32), loaded)

@@ -15,7 +15,13 @@ if jax.__version_info__ < (0, 11):
 
 from jax.experimental.mosaic import gpu as mgpu  # noqa: E402
 
-from jaxquant.pallas_kernels.gpu import layouts, reading  # noqa: E402
+from jaxquant.pallas_kernels import packing  # noqa: E402
+from jaxquant.pallas_kernels.gpu import (  # noqa: E402
+    layouts,
+    reading,
+    reading_packed,
+    reading_table,
+)
 from jaxquant.pallas_kernels.gpu.config import GpuConfig  # noqa: E402
 
 ROWS, COLUMNS = 128, 256
@@ -108,6 +114,69 @@ def every_code(codes):
         return np.arange(-8, 8)
     every = np.arange(256).astype(np.uint8).view(jnp.dtype(codes)).astype(np.float64)
     return every[np.isfinite(every)]
+
+
+# Exact in bfloat16, and all different.
+TABLE = tuple(float(v) for v in (2 * np.arange(16) - 15) / 16)
+
+
+def packed_case(codes):
+    """Random codes' values [ROWS, COLUMNS], how they are stored, and the planes made of that."""
+    rng = np.random.default_rng(1)
+    if codes == "table4":
+        array = rng.integers(-8, 8, (ROWS, COLUMNS))
+        stored = jnp.asarray(array, jnp.int4)
+        make = lambda words: reading_table.planes(  # noqa: E731
+            words, reading_table.pairs(TABLE), interpret=True
+        )
+        return np.asarray(TABLE)[array + 8], stored, make
+    bits = int(codes[-1])
+    array = (
+        rng.integers(-4, 4, (ROWS, COLUMNS))
+        if bits == 3
+        else 2 * rng.integers(0, 4, (ROWS, COLUMNS)) - 3
+    )
+    stored = packing.pack(jnp.asarray(array.T, jnp.int8), bits, 0).T
+    make = lambda words: reading_packed.planes(  # noqa: E731
+        words, bits, reading_packed.MAGIC, interpret=True
+    )
+    return array, stored, make
+
+
+@pytest.mark.parametrize("codes", ["int2", "int3", "table4"])
+def test_every_lane_feeds_the_right_values_of_packed_codes_and_tables(codes):
+    """As above; words of int3 reach their lanes by `deal`, which has a test of its own."""
+    config = GpuConfig(16, 64, 128, 2, 1, "after", "bits")
+    values, array, make = packed_case(codes)
+    words = reading.stored(array, codes, config)
+    planes = [np.asarray(plane) for plane in make(words)]
+    affine = [(1.0, 0.0)] * 4 if codes == "table4" else reading_packed.affine(int(codes[-1]))
+    layout, target = layouts.WORDS.to_mgpu(), mgpu.WGMMA_LAYOUT
+    matrix = np.full((ROWS, COLUMNS), np.nan)
+    for register in np.ndindex(layout.registers_shape(planes[0].shape)):
+        for plane, (numbers, (factor, summand)) in enumerate(zip(planes, affine, strict=True)):
+            place = reading.place_of(register, plane, len(planes))
+            for thread in THREADS:
+                row, word = where(layout, planes[0].shape, register, thread)
+                to_row, column = where(target, matrix.shape, place, thread)
+                assert row == to_row
+                held = numbers[row : row + 1, word].view(jnp.bfloat16).astype(np.float64)
+                matrix[row, column : column + 2] = held * factor + summand
+    want = reading.arrange(jnp.asarray(values, jnp.float32), codes, config)
+    np.testing.assert_array_equal(matrix, np.asarray(want))
+
+
+@pytest.mark.parametrize("byte", range(4))
+def test_a_look_up_is_in_the_lane_s_own_bank(byte):
+    """Of words at random: the entry of the byte, and no two lanes of a warp in the same bank."""
+    pairs = np.asarray(reading_table.pairs(TABLE))
+    words = np.random.default_rng(byte).integers(0, 2**32, 1000, np.uint32)
+    shift = reading_table.row_shift(byte)
+    rows = (words >> shift if shift > 0 else words << -shift) & reading_table.ROW_MASK
+    for lane in range(32):
+        at = rows | lane
+        assert (at % reading_table.BANKS == lane).all()
+        np.testing.assert_array_equal(pairs.reshape(-1)[at], pairs[(words >> 8 * byte) & 255, lane])
 
 
 def test_three_words_a_lane_are_dealt_to_it():
