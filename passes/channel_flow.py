@@ -19,6 +19,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from jaxquant.core import _compat
 from jaxquant.passes import channel_elementwise as channel_elementwise  # enters its rules
 from jaxquant.passes import channel_structure as channel_structure  # enters its rules
 from jaxquant.passes.channel_graph import Graph, Node, Value, build_graph
@@ -139,6 +140,21 @@ def find_channel_groups(program: Program) -> tuple[ChannelGroup, ...]:
         if group is not None:
             groups.append(group)
     return tuple(groups)
+
+
+def unseen_weights(program: Program) -> dict[str, str]:
+    """Parameters whose products are not looked at, and why.
+
+    In the body of a `shard_map` a value is one device's part: a factor would be that of a channel
+    on some devices only, and what the body's collectives exchange would have to be proved too. The
+    parameters are the same without it, so they can be folded there.
+    """
+    why = (
+        "it is read inside shard_map, where each device has a part of the channels; fold the same "
+        "function without shard_map: its parameters serve both"
+    )
+    nodes = (n for n in build_graph(program).nodes if n.kind is _compat.shard_map_p)
+    return {path: why for node in nodes for value in node.ins for path in sorted(value.params)}
 
 
 def parameter_group(graph: Graph, path: str) -> ChannelGroup:
@@ -280,7 +296,8 @@ def _steps(flow: Flow, value: Value) -> tuple[ProofStep, ...]:
 def _obstacles(flow: Flow, count: int) -> tuple[str, ...]:
     told = tuple(dict.fromkeys(map(_told, flow.obstacles)))
     if not told and not count:
-        told = ("what the operations ask for leaves no factors but one",)
+        shared = tuple(dict.fromkeys(map(_told, flow.sharing)))
+        told = (*shared, "what the operations ask for leaves no factors but one")
     return told
 
 

@@ -75,6 +75,7 @@ class Flow:
       carriers: how each product passes factors on.
       reasons: why a value got its labels.
       obstacles: what made factors one.
+      sharing: what made channels share a factor, by summing over them.
       positive: whether an operation commutes only because factors are positive.
 
     Args:
@@ -91,6 +92,7 @@ class Flow:
         self.carriers: dict[Node, Carrier] = {}
         self.reasons: dict[Value, Reason] = {}
         self.obstacles: list[Obstacle] = []
+        self.sharing: list[Obstacle] = []
         self.positive = False
         self._rules, self._cut = rules, frozenset(cut)
         self._todo: deque[Node] = deque()

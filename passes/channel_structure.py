@@ -12,7 +12,7 @@ from jaxquant.passes import channel_moves as moves
 from jaxquant.passes.channel_graph import Node, Value
 from jaxquant.passes.channel_labels import Array
 from jaxquant.passes.channel_rules import Map, link, register
-from jaxquant.passes.channel_solver import Flow, Reason, constant
+from jaxquant.passes.channel_solver import Flow, Obstacle, Reason, constant
 
 _MOVES = "moves elements; each keeps its factor"
 
@@ -165,6 +165,11 @@ def _reduce(flow: Flow, node: Node) -> None:
     a, b = node.ins[0], node.outs[0]
     every = list(range(len(a.shape)))
     left = [d for d in every if d not in {int(x) for x in node.params["axes"]}]
+    layout = flow.get(a)
+    gone = [a.depth + d for d in every if d not in left]
+    if layout is not None and flow.labels.varies(layout, gone):
+        why = "reduces over the channels, which must share one factor then"
+        flow.sharing.append(Obstacle(node, why))
     link(
         flow, node, a, b,
         lambda x: moves.project(flow.labels, x, a.depth, every, left),

@@ -109,7 +109,9 @@ def _product(ctx: Context, ins: list[Any]) -> list[Any]:
                 f"{marks[0].path!r} is stacked by some but not all of the scans around its "
                 f"product at {ctx.source}: there is no place for factors in front of it"
             )
-        arrays[side] = x * factor[(0,) * scans].astype(x.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)  # as `jaxquant.core.turns` does it
+        y = x.astype(wide) * factor[(0,) * scans].astype(wide)
+        arrays[side] = y.astype(x.dtype)
     return _compat.bind(ctx.eqn, arrays)
 
 

@@ -94,7 +94,7 @@ class FoldTransforms(Pass):
             for path, array in group_factors(group, values).items():
                 folded.setdefault(path, []).append(array)
             if explicit:
-                divisors = _table(group, values)[group.count - group.channels].astype(np.float32)
+                divisors = _table(group, values)[group.count - group.channels]
                 paths = frozenset(group.consumers)
                 inserted.update(dict.fromkeys(group.readers, (paths, divisors)))
         if refused and self.unfoldable != "leave":

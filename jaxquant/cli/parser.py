@@ -15,7 +15,7 @@ your own give --model module:factory, where factory() returns a mapping with the
   model        a Flax module (Linen or NNX), or a function of (parameters, *arguments)
   example      tuple of example arguments, to trace the model with
   variables    Linen variables or the function's parameters (not needed with --checkpoint, or NNX)
-  calibration  list of batches (optional; static recipes need it)
+  calibration  list of batches (optional; recipes with static ranges or Smooth need it)
   data         mapping from slice name to a list of batches (for `compare`; a batch is one array,
                a tuple of positional arguments, or a mapping of keyword arguments)
   metrics      mapping from name to fn(outputs, batch), one number an example (optional)

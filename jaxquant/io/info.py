@@ -29,6 +29,7 @@ class CheckpointRow:
       dtype: the dtype it has, or that a quantized weight stands for.
       qtype: storage type of a quantized weight, else None.
       act: what its op does with the input, in words, else None.
+      before: what it does with the input first, in words: factors, a Hadamard matrix; else None.
       arrays: how many arrays hold it.
       nbytes: bytes of these arrays at real width, scales included.
     """
@@ -38,6 +39,7 @@ class CheckpointRow:
     dtype: str
     qtype: str | None
     act: str | None
+    before: str | None
     arrays: int
     nbytes: int
 
@@ -84,10 +86,11 @@ class CheckpointInfo:
         for row in self.rows:
             stored = row.dtype if row.qtype is None else f"{row.qtype} (for {row.dtype})"
             shape = "x".join(map(str, row.shape)) or "scalar"
-            table.add_row(
-                Text(_printable(row.path)), shape, stored, row.act or "", f"{row.nbytes:,}"
-            )
+            done = ", then ".join(filter(None, (row.before, row.act)))
+            table.add_row(Text(_printable(row.path)), shape, stored, done, f"{row.nbytes:,}")
         recipe = "none recorded" if self.recipe is None else self.recipe.name
+        if self.recipe is not None and self.recipe.transforms:
+            recipe += f" with {', '.join(map(str, self.recipe.transforms))}"
         writer = ", ".join(f"{name} {version}" for name, version in self.writer.items())
         quantized = sum(row.qtype is not None for row in self.rows)
         head = (
@@ -133,6 +136,7 @@ def make_info(
                 dtype=_dtype(records[0]) if weight is None else weight["dtype"],
                 qtype=None if weight is None else weight["qtype"],
                 act=None if act is None else str(ActScheme.from_json(act)),
+                before=None if weight is None else _before(weight),
                 arrays=len(records),
                 nbytes=sum(record.nbytes for record in records),
             )
@@ -152,6 +156,17 @@ def make_info(
         nbytes=sum(record.nbytes for record in manifest.leaves),
         disk_bytes=disk_bytes,
     )
+
+
+def _before(weight: Any) -> str | None:
+    """What a stored weight does with its op's input before anything else."""
+    factor, turn = weight.get("input_factor"), weight.get("input_turn")
+    done = []
+    if factor is not None and factor.get("kind") != "None":
+        done.append("factors")
+    if turn is not None:
+        done.append(f"H{turn['size']}")
+    return ", ".join(done) or None
 
 
 def _dtype(record: LeafRecord) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from jaxquant.core.recipe import Recipe
 from jaxquant.core.transforms import Rotate, Smooth, Transform
 from jaxquant.core.turns import InputTurn
 from jaxquant.passes.assign_recipe import Assignment
-from jaxquant.passes.channel_flow import ChannelGroup, find_channel_groups
+from jaxquant.passes.channel_flow import ChannelGroup, find_channel_groups, unseen_weights
 from jaxquant.passes.find_turns import FoundTurn
 from jaxquant.passes.fold_transforms import (
     FACT,
@@ -206,7 +206,8 @@ class _Work:
     def _smooth(self, transform: Smooth, subject: Subject) -> None:
         groups = find_channel_groups(subject.program)
         rows = [self._smoothed(transform, group) for group in groups]
-        self._settle(transform, rows)
+        told = {path for group in groups for path in group.consumers}
+        self._settle(transform, [*rows, *self._unseen(transform, subject, told)])
         chosen: dict[tuple[str, ...], ChannelGroup] = {}
         explicit: list[ChannelGroup] = []
         for row, group in zip(rows, groups, strict=True):
@@ -228,6 +229,19 @@ class _Work:
                 self._multiply(path, 1 / array, group.consumers)
         fold = functools.partial(fold_parameters, factors=program.facts[FACT])
         self._take(subject, step, program, fold)
+
+    def _unseen(
+        self, transform: Smooth, subject: Subject, told: set[str]
+    ) -> Iterator[TransformRow]:
+        """Weights that are in no group."""
+        unseen = unseen_weights(subject.program)
+        refuses = transform.unfoldable == "refuse"
+        for path in dict.fromkeys(self._read.values()):
+            if path is not None and path not in told:
+                why = self._not_wanted((path,))
+                other = unseen.get(path, "no product sums over channels of its input")
+                status = "refused" if refuses and not why else "left"
+                yield TransformRow("smooth", (path,), status, reason=why or other)
 
     def _smoothed(self, transform: Smooth, group: ChannelGroup) -> TransformRow:
         """What becomes of a group."""
@@ -300,6 +314,7 @@ class _Work:
             read |= set(weights)
             rows.append(_rotated(found, weights))
         notes = [note for note in result.notes if "not rotated" in note or "be rotated" in note]
+        notes += [f"{path}: {why}" for path, why in unseen_weights(subject.program).items()]
         for path in [p for p in dict.fromkeys(self._read.values()) if p and p not in read]:
             rows.append(self._unturned(transform, path, notes))
         self._settle(transform, rows)

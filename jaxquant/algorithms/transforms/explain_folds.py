@@ -8,7 +8,7 @@ from typing import Any
 from jaxquant.algorithms.transforms.subject import split_arguments
 from jaxquant.frontends import describe, quantize
 from jaxquant.frontends.marks import recipe_of
-from jaxquant.passes.channel_flow import ChannelGroup, find_channel_groups
+from jaxquant.passes.channel_flow import ChannelGroup, find_channel_groups, unseen_weights
 from jaxquant.passes.find_turns import FoundTurn, find_turns
 from jaxquant.passes.program import trace
 
@@ -20,7 +20,7 @@ class Folds:
     Attributes:
       groups: groups of weights with one input, and what can take factors of its channels.
       turns: what can be rotated.
-      notes: what cannot be rotated, and why.
+      notes: what cannot be rotated, what is not looked at, and why.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -52,4 +52,5 @@ def explain_folds(model: Any, *args: Any, online: bool = False, **kwargs: Any) -
     fn, tree = adapter.pure(variables)
     program = trace(fn, tree, rest, kwargs, adapter.param_paths(tree))
     turns, notes = find_turns(program, stream=True, heads=True, online=online)
-    return Folds(find_channel_groups(program), turns, notes)
+    unseen = (f"{path}: not looked at: {why}" for path, why in unseen_weights(program).items())
+    return Folds(find_channel_groups(program), turns, (*notes, *unseen))

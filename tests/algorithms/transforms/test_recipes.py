@@ -288,7 +288,7 @@ def test_explain_says_what_becomes_of_every_input():
         ("narrow_relu/kernel",): "folded", ("head/kernel",): "folded",
     }  # fmt: skip
     assert found[qkv].into == ("n1/bias", "n1/scale")
-    assert "does not commute" in found[("narrow/kernel",)].reason
+    assert "powers 1 and 3 of a factor" in found[("narrow/kernel",)].reason  # of the gelu
     text = str(plan)
     assert "folded into n1/bias, n1/scale" in text
     assert "multiplied by stored factors first" in text
@@ -325,6 +325,25 @@ def test_a_rule_leaves_an_input_as_it_is(recipe):
     _, plain = quantized(W8A8, gated_decoder, gated_params(), TOKENS)
     np.testing.assert_array_equal(tree["d"].codes, plain["d"].codes)
     assert not np.array_equal(tree["w"].codes, plain["w"].codes)
+
+
+def test_what_is_inside_shard_map_is_left_and_said():
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    spec = PartitionSpec
+
+    def fn(p, x):
+        inner = jax.shard_map(
+            lambda w, x: x @ w, mesh=mesh, in_specs=(spec(None, "d"), spec()),
+            out_specs=spec(None, "d"),
+        )  # fmt: skip
+        return inner(p["b"], x @ p["a"])
+
+    params, x = {"a": jnp.eye(8), "b": jnp.ones((8, 4))}, inputs()
+    for recipe in (SMOOTH, ROTATE):
+        found, _ = rows(recipe, fn, params, x)
+        assert found[("b",)].status == "left"
+        assert "inside shard_map, where each device has a part" in found[("b",)].reason
+    assert "b: not looked at: it is read inside shard_map" in str(jq.explain_folds(fn, params, x))
 
 
 def test_a_weight_that_stays_float_keeps_no_factors():
