@@ -165,6 +165,7 @@ def main() -> None:
     """All programs, a line each."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     os.environ.update(ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")  # jax has read its environment by now
     text = (TARGETS / "h200.textproto").read_text()
     several = f"1x1x{_DEVICES}"
     topology = topologies.get_topology_desc(platform="cuda", topology=several, target_config=text)

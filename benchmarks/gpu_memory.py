@@ -33,7 +33,7 @@ def account(
     model, variables = abstract(config.replace(scan_layers=layers == "stacked"), recipe, device)
     token = placed(jax.ShapeDtypeStruct((batch, 1), jnp.int32), device)
     first, step = steps_of(model)
-    cache = placed(jax.eval_shape(first, variables, token, token), device)
+    cache = jax.eval_shape(first, variables, token, token)
     with on_gpu():
         lowered = step.trace(variables, cache, token, token).lower(lowering_platforms=("cuda",))
     compiled = lowered.compile()
@@ -72,6 +72,7 @@ def main() -> None:
     """Compiles all steps and writes what they take."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     os.environ.update(ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")  # jax has read its environment by now
     target = (TARGETS / "h200.textproto").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
     found = [
