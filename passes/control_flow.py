@@ -173,8 +173,34 @@ def cond_rule(ctx: Context, ins: list[Any]) -> list[Any]:
 
     index, *operands = ins
     branches = [branch(i, jaxpr) for i, jaxpr in enumerate(ctx.params["branches"])]
-    outs = jax.lax.switch(index, branches, *operands)
+    outs = choose(ctx.eqn, index, branches, operands)
     return _like(outs, [v.aval for v in ctx.eqn.outvars])
+
+
+def choose(
+    eqn: Any, index: Any, branches: Sequence[Callable[..., Any]], operands: Sequence[Any]
+) -> Any:
+    """`lax.switch`, or `lax.platform_dependent` where that is what a cond equation stands for.
+
+    There each branch is lowered for its own platforms only, and may hold what no other has.
+
+    Args:
+      eqn: the cond equation.
+      index: which branch is taken.
+      branches: what comes in the place of its branches.
+      operands: their arguments.
+    """
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return jax.lax.switch(index, branches, *operands)
+    default = None
+    per_platform: dict[str, Callable[..., Any]] = {}
+    for names, branch in zip(platforms, branches, strict=True):
+        if names is None:
+            default = branch
+        else:
+            per_platform |= dict.fromkeys(names, branch)
+    return jax.lax.platform_dependent(*operands, default=default, **per_platform)
 
 
 @register(CONTROL, _compat.shard_map_p)

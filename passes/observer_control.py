@@ -17,7 +17,7 @@ from jax.extend.core import primitives as jp
 from jax.sharding import PartitionSpec
 
 from jaxquant.core import _compat
-from jaxquant.passes.control_flow import finished_stay, merge_fixed, separate_invariant
+from jaxquant.passes.control_flow import choose, finished_stay, merge_fixed, separate_invariant
 from jaxquant.passes.interpreter import Context, is_weight, register
 from jaxquant.passes.observer import CONTROL, Collected, observer
 from jaxquant.passes.statistics import State, Statistic
@@ -186,7 +186,7 @@ def _cond(ctx: Context, ins: list[Any]) -> list[Any]:
 
         return run_branch
 
-    outs, found = jax.lax.switch(index, [complete(b) for b in branches], *operands)
+    outs, found = choose(ctx.eqn, index, [complete(b) for b in branches], operands)
     own.add(found)
     return list(outs)
 

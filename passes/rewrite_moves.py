@@ -105,7 +105,10 @@ def _each_part(ctx: Context, ins: list[Any]) -> list[Any]:
 
 @register(MOVES, _compat.optimization_barrier_p)
 def _barrier(ctx: Context, ins: list[Any]) -> list[Any]:
-    return list(jax.lax.optimization_barrier(tuple(ins)))
+    outs = jax.lax.optimization_barrier(tuple(ins))
+    # jax 0.10 makes zeros of the tangents that are none, where any operand has one; parts of
+    # weights have none.
+    return [jax.lax.stop_gradient(out) if is_weight(out) else out for out in outs]
 
 
 @register(MOVES, jp.concatenate_p)

@@ -20,6 +20,7 @@ from jax.extend.core import Literal, Primitive
 from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat
+from jaxquant.passes.control_flow import choose
 from jaxquant.passes.edit_jaxpr import CONTROL_FLOW
 from jaxquant.passes.program import Program
 
@@ -133,7 +134,7 @@ def _cond(eqn: Any, ins: list[Any]) -> list[Any]:
     index, *operands = ins
     opened = [_compat.open_jaxpr(branch) for branch in eqn.params["branches"]]
     branches = [lambda *args, own=own: _run(*own, args) for own in opened]
-    return list(jax.lax.switch(index, branches, *operands))
+    return list(choose(eqn, index, branches, operands))
 
 
 _RULES: dict[Primitive, _Widen] = {
