@@ -314,3 +314,24 @@ def test_differences_sees_every_bit():
     assert differences(tree, {**tree, "a": jnp.arange(4, dtype=jnp.int8)}) == ["a"]
     assert differences(tree, {**tree, "b": (jnp.array([jnp.nan, -0.0]), None)}) == ["b/0"]
     assert differences(tree, {"a": tree["a"]}) == ["the tree's structure"]
+
+
+def test_a_recipe_file_with_transforms(here: Path, capsys):
+    """explain says it, quantize does it, inspect shows it, and compare runs it."""
+    recipe = jq.get_recipe("w8a8").with_transforms(jq.Smooth(unfoldable="multiply"), name="mine")
+    Path("recipe.json").write_text(json.dumps(recipe.to_json()))
+    model = ("--model", "project_models:linen")
+    code, found = run_json(capsys, "explain", *model, "--recipe", "recipe.json")
+    rows = {tuple(row["weights"]): row for row in found["transforms"]}
+    assert code == 0
+    assert rows[("Dense_1/kernel",)]["status"] == "multiply"  # it is called first
+    assert rows[("Dense_0/kernel",)]["into"] == ["Dense_1/bias", "Dense_1/kernel"]
+    assert main(["quantize", *model, "--recipe", "recipe.json", "--out", "q"]) == 0
+    text = capsys.readouterr().out
+    assert "recipe mine with Smooth(alpha=0.5, unfoldable='multiply')" in text
+    assert "factors, then int8 per token" in text
+    code, found = run_json(capsys, "compare", *model, "--quantized", "q")
+    assert code == 0 and found["recipes"][0]["name"] == "q"
+    bare = ("--model", "project_models:function")  # which has no calibration batches
+    assert main(["quantize", *bare, "--recipe", "recipe.json", "--out", "r"]) == 1
+    assert "give batches of data as calibration=" in capsys.readouterr().err
