@@ -142,21 +142,26 @@ def cases_of(arguments: argparse.Namespace) -> Iterator[Case]:
     shapes = arguments.shapes or (SMALL_SHAPES if dry_run else SHAPES)
     sizes = [tuple(map(int, shape.split("x"))) for shape in shapes]
     rows = arguments.rows or (SMALL_ROWS if dry_run else ROWS)
-    for some in (rows[:4], rows[4:]):  # the rows that figures are asked for, of all, come first
+    for first in (True, False):  # of all, the rows that figures are asked for come first
+        some = rows[:4] if first else rows[4:]
         if "products" in parts:
             yield from plain_cases(sizes, some, arguments.formats)
         if "llm_int8" in parts:
             for k, n in sizes:
                 yield from (Case(k, n, m, LLM_INT8, r) for m in some for r in ("pallas", "xla"))
-    if "experts" in parts:
-        for experts, k, n in SMALL_EXPERTS if dry_run else EXPERTS:
-            for m in rows if arguments.rows or dry_run else EXPERT_ROWS:
-                yield Case(k, n, m, "bf16", "bf16", experts)
-            for form in EXPERT_FORMATS:
-                if form in arguments.formats:
-                    for m in rows if arguments.rows or dry_run else EXPERT_ROWS:
-                        for route in ("pallas", "xla"):
-                            yield Case(k, n, m, form, route, experts)
+        if "experts" in parts and first:
+            own = arguments.rows or (SMALL_ROWS if dry_run else EXPERT_ROWS)
+            for experts in SMALL_EXPERTS if dry_run else EXPERTS:
+                yield from expert_cases(*experts, own, arguments.formats)
+
+
+def expert_cases(experts: int, k: int, n: int, rows: Any, formats: Any) -> Iterator[Case]:
+    """Rows grouped by expert; `rows` are all of them."""
+    yield from (Case(k, n, m, "bf16", "bf16", experts) for m in rows)
+    for form in EXPERT_FORMATS:
+        if form in formats:
+            for m in rows:
+                yield from (Case(k, n, m, form, route, experts) for route in ("pallas", "xla"))
 
 
 def plain_cases(sizes: Any, rows: Any, formats: Any) -> Iterator[Case]:

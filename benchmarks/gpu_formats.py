@@ -19,6 +19,8 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
     "w8a16 g128": ({"codes": "int8", "group": 128}, "f32.bf16.bf16"),
     "w8a8": ({"codes": "int8", **_INT8}, "s32.s8.s8"),
     "w8a8 g128 zero": ({"codes": "int8", "group": 128, "zero_point": True, **_INT8}, "s32.s8.s8"),
+    "w8a8 g64": ({"codes": "int8", "group": 64, **_INT8}, "s32.s8.s8"),
+    "w4a8 g64 zero": ({"codes": "int4", "group": 64, "zero_point": True, **_INT8}, "s32.s8.s8"),
     "w4a8 g128": ({"codes": "int4", "group": 128, **_INT8}, "s32.s8.s8"),
     "w4a8 zero": ({"codes": "int4", "zero_point": True, **_INT8}, "s32.s8.s8"),
     "fp8": ({"codes": "float8_e4m3fn", **_FP8, **_EPILOGUE}, "f32.e4m3.e4m3"),

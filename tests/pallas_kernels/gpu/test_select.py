@@ -10,11 +10,15 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import jaxquant as jq
+from benchmarks.gpu_formats import FORMATS
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.as_matrix import Weight
 from jaxquant.pallas_kernels.dispatch import Place, choose
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.gpu import select
+from jaxquant.pallas_kernels.gpu.chips import CHIPS
+from jaxquant.pallas_kernels.gpu.heuristics import choose_config
+from jaxquant.pallas_kernels.problem import MatmulProblem
 
 H200 = Place("cuda", "NVIDIA H200")
 PLAIN = (((1,), (0,)), ((), ()))
@@ -82,6 +86,15 @@ def test_grouped_codes_are_kernels_and_say_what_preparing_spares():
     many = pick(x_shape=(2048, 512))
     assert many.name.startswith("pallas gpu H200: int4, scale")
     assert "2048 rows: XLA would write the weight out in bfloat16" in many.reason
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows_have_blocks_that_stay(name):
+    """Persistent: as many blocks as multiprocessors, of two warpgroups and one that loads."""
+    chip = CHIPS["H200"]
+    config = choose_config(MatmulProblem(2048, 4096, 4096, **FORMATS[name][0]), chip)
+    assert config.blocks * config.cluster == chip.multiprocessors
+    assert (config.warpgroups, config.split_k) == (2, 1) and config.bm >= 64
 
 
 @has_mosaic_gpu
