@@ -7,6 +7,7 @@ would leave float, or quantize, what its author did not mean.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxquant.core.recipe import Recipe, Rule
 from jaxquant.passes.op_use import OpUse
 
 _SHOWN = 5
+_REGEX = re.compile(r"\.[*+]|[\\^$|()]")  # what a regular expression has and a glob has not
 
 
 def check_rules(
@@ -66,7 +68,8 @@ def _why(
         return "the traced call has no op with a weight"
     known = [name for u in ops for name in (u.param, u.module) if name]
     near = difflib.get_close_matches(rule.path, dict.fromkeys(known), _SHOWN, cutoff=0.4)
-    return f"no path is like it. {'Near' if near else 'There are'}: {_some(near or known)}"
+    glob = "; a path is a glob, no regular expression" if _REGEX.search(rule.path) else ""
+    return f"no path is like it{glob}. {'Near' if near else 'There are'}: {_some(near or known)}"
 
 
 def _where(use: OpUse) -> str:

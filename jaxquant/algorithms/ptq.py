@@ -28,9 +28,11 @@ from jaxquant.core.names import group_names
 from jaxquant.core.qtensor import QTensor, is_qtensor
 from jaxquant.core.recipe import Recipe, get_recipe
 from jaxquant.frontends import describe
+from jaxquant.frontends.adapter import ModelAdapter
 from jaxquant.passes.assign_recipe import ParamPlan
 from jaxquant.passes.insert_fake_quant import Steps, check_steps, usable_step
 from jaxquant.passes.make_plan import make_plan
+from jaxquant.passes.plan import Plan
 
 
 def ptq(
@@ -69,8 +71,9 @@ def ptq(
       layer; transforms hold the weights that they change twice.
 
     Raises:
-      ValueError: a rule matches nothing, a group size does not divide, a weight is not finite, a
-        static range or `Smooth` lacks calibration, or the tree is quantized already.
+      ValueError: a rule matches nothing, no parameter is quantized by a recipe that has rules for
+        weights, a group size does not divide, a weight is not finite, a static range or `Smooth`
+        lacks calibration, or the tree is quantized already.
       FoldError: the recipe refuses what it cannot fold, or a transform changed the function.
     """
     adapter = describe(model)
@@ -87,6 +90,8 @@ def ptq(
     example = (args, kwargs) if args or first is None else first
     batches = chain(first, calls)
     program, assignment = assign(fn, tree, paths, example, chosen)
+    if not assignment.quantized and any(rule.weight is not None for rule in chosen.rules):
+        _refuse_nothing(adapter, make_plan(program, assignment))
     if strict:
         would = explain_transforms(fn, tree, paths, example, assignment)
         require_quantized(make_plan(program, assignment, inputs=would.inputs))
@@ -117,6 +122,18 @@ def ptq(
             **done.inputs.get(plan.path, {}),
         ).validate(plan.path)
     return adapter.with_tree(jax.tree_util.tree_unflatten(treedef, leaves))
+
+
+def _refuse_nothing(adapter: ModelAdapter, plan: Plan) -> None:
+    """Refuses a plan under which every parameter stays float: most likely not what was meant."""
+    params = {row.param: row.reason for row in plan.rows if row.param is not None}
+    reasons = "; ".join(f"{path or 'the tree itself'} {why}" for path, why in [*params.items()][:3])
+    first = " (a function's parameters are its first argument)"
+    raise ValueError(
+        f"recipe {plan.recipe!r} quantizes none of the {len(params)} parameters of {adapter.name}"
+        f"{first if adapter.kind == 'function' else ''}; jaxquant.explain gives every reason"
+        + (f", e.g. {reasons}" if reasons else "")
+    )
 
 
 def _refuse_quantized(paths: Sequence[str | None], leaves: Sequence[Any]) -> None:

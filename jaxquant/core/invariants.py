@@ -22,7 +22,8 @@ def check_codes(w: QTensor, name: str) -> None:
     storage = q.unpacked_storage if w.packed_axis is None else q.storage
     if np.dtype(w.codes.dtype) != jnp.dtype(storage):
         raise ValueError(
-            f"{name}: invariant 1: {q.name} codes must be {storage}, not {w.codes.dtype}"
+            f"{name}: invariant 1: {q.name} codes must be {storage}, not {w.codes.dtype} (cast a "
+            "tree before it is quantized; afterwards a cast of all its leaves changes the codes)"
         )
     if w.packed_axis is None:
         if w.packed_length is not None:

@@ -9,7 +9,7 @@ a model is written in.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -102,6 +102,11 @@ class LinenAdapter(ModelAdapter):
     def pure(self, variables: Any = None) -> tuple[PureFn, Any]:
         """See `ModelAdapter.pure`."""
         _require(variables, f"{self.name} is a Linen module: give its variables")
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                f"{self.name} is a Linen module: its variables, a mapping of collections, come "
+                f"before its own arguments, not {type(variables).__name__}"
+            )
 
         def fn(tree: Any, *args: Any, **kwargs: Any) -> Any:
             with linen_scopes():

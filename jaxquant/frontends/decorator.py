@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
+import jax
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
@@ -52,7 +53,8 @@ def quantize(target: Any = None) -> Any:
     Raises:
       ValueError: the preset's name is unknown (the known ones are listed), or a Linen instance is
         bound already.
-      TypeError: the object is none of the above.
+      TypeError: the object is none of the above, or a callable that holds its parameters itself
+        (an Equinox module, a Hugging Face model): the message says what to decorate.
     """
     if target is None or isinstance(target, str | Recipe):
         recipe = get_recipe(target)
@@ -72,11 +74,30 @@ def _decorate(obj: Any, recipe: Recipe) -> Any:
     if isinstance(obj, functools.partial) and isinstance(obj.func, type):
         return functools.partial(_decorate(obj.func, recipe), *obj.args, **obj.keywords)
     if callable(obj) and not isinstance(obj, type):
+        _refuse_model(obj)
         return _decorate_function(obj, recipe)
     raise TypeError(
         f"quantize takes a flax.linen or flax.nnx module (class or instance) or a function, not "
         f"{obj!r}"
     )
+
+
+def _refuse_model(obj: Any) -> None:
+    """Refuses callables that hold their parameters: none of their arguments does."""
+    name = type(obj).__name__
+    if isinstance(getattr(obj, "module", None), flax_linen.Module):
+        raise TypeError(
+            f"this {name} holds a Linen module and its parameters; decorate a function of the "
+            "parameters, quantize(...)(lambda params, *args: model(*args, params=params)), or the "
+            "module, quantize(...)(model.module)"
+        )
+    leaves = jax.tree_util.tree_leaves(obj)
+    if not isinstance(obj, functools.partial) and any(isinstance(x, jax.Array) for x in leaves):
+        raise TypeError(
+            f"this {name} holds its parameters itself; decorate a function that takes it, "
+            "quantize(...)(lambda model, *args: model(*args)), and give it the model as its first "
+            "argument"
+        )
 
 
 def _decorate_function(fn: Callable[..., Any], recipe: Recipe) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxquant.core import _compat
+from jaxquant.core.invariants import check_codes
 from jaxquant.core.names import path_string
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.passes.events import Event
@@ -127,6 +128,8 @@ def _run(
     program = trace(call, (args, kwargs), paths=_argument_paths((args, kwargs)))
     arguments = program.flatten((args, kwargs))
     weights = {i: value for i, value in enumerate(arguments) if is_qtensor(value)}
+    for i, weight in weights.items():
+        check_codes(weight, program.inputs[i].path or "a QTensor")
     passes = quantizing_passes(weights, strict=strict, on_event=on_event)
     program = PassManager(passes, title=_title(fn)).run(program)
     arrays = evaluate(program, jax.tree_util.tree_leaves(arguments))

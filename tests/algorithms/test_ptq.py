@@ -328,6 +328,11 @@ def test_errors(stack):
         jq.ptq(decorated, variables, calibration={"x": X})
     with pytest.raises(ValueError, match="calibration holds no batch"):
         jq.ptq(decorated, variables, calibration=[])
+    with pytest.raises(ValueError, match="quantizes none of the 1 parameters .* first argument"):
+        jq.ptq(jq.quantize(lambda x, p: x[0] @ p["w"]), X, {"w": jnp.ones((16, 8))})
+    skipped = jq.ptq(decorated, variables, X, recipe=jq.Recipe("none", (jq.Rule(skip=True),)))
+    leaves = zip(jax.tree.leaves(skipped), jax.tree.leaves(variables), strict=True)
+    assert all(a is b for a, b in leaves)
     with pytest.raises(ValueError, match="not finite"):
         jq.ptq(decorated, variables, calibration=[X.at[0, 0].set(jnp.nan)])
     bad = jax.tree.map(lambda x: x, variables)

@@ -188,5 +188,7 @@ def test_errors_name_the_fix():
         describe(3)
     with pytest.raises(TypeError, match="give its variables"):
         describe(quantize(nn.Dense(3))).pure()
+    with pytest.raises(TypeError, match="come before its own arguments, not list"):
+        describe(quantize(nn.Dense(3))).pure([1.0])
     with pytest.raises(TypeError, match="give its parameters"):
         describe(quantize(lambda p, x: x)).pure(None)

@@ -1,5 +1,6 @@
 """`quantize` as a decorator: with and without a recipe, on functions, and its errors."""
 
+import dataclasses
 import functools
 
 import jax
@@ -101,3 +102,49 @@ def test_errors():
     for target in (3, [nn.Dense], int, {}):
         with pytest.raises(TypeError, match="module .class or instance. or a function"):
             quantize("w8a8")(target)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Callable:
+    """A model of the kind Equinox makes: a pytree of its parameters that can be called."""
+
+    kernel: jax.Array
+
+    def __call__(self, x):
+        return x @ self.kernel
+
+
+class Wrapper:
+    """A model of the kind Hugging Face makes: a Linen module and its parameters in one object."""
+
+    def __init__(self, module, params):
+        self.module, self.params = module, params
+
+    def __call__(self, x, params=None):
+        return self.module.apply({"params": self.params if params is None else params}, x)
+
+
+def test_callables_that_hold_their_parameters_are_refused_and_the_way_named():
+    x = jnp.ones((2, 4))
+    model = Callable(jax.random.normal(jax.random.key(0), (4, 3)))
+    with pytest.raises(TypeError, match=r"this Callable holds its parameters.*lambda model"):
+        quantize(model)
+    fn = quantize(lambda model, x: model(x))
+    quantized = quantize_tree(model)
+    assert_close(fn(quantized, x), dequantize_tree(quantized)(x))
+
+    module = nn.Dense(3)
+    params = module.init(jax.random.key(0), x)["params"]
+    wrapper = Wrapper(module, params)
+    with pytest.raises(TypeError, match=r"this Wrapper holds a Linen module.*params=params"):
+        quantize(wrapper)
+    fn = quantize(lambda params, x: wrapper(x, params=params))
+    quantized = quantize_tree(params)
+    assert_close(fn(quantized, x), wrapper(x, params=dequantize_tree(quantized)))
+
+    bound = functools.partial(jnp.einsum, "ab,bc->ac")
+    assert_close(
+        quantize(jax.tree_util.Partial(lambda c, w, x: c * bound(x, w), 2.0))(x.T, x),
+        2 * bound(x, x.T),
+    )

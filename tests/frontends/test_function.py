@@ -39,3 +39,9 @@ def test_compiled_calls_do_not_pile_up(monkeypatch):
 def test_only_functions_are_transformed():
     with pytest.raises(TypeError, match="transform takes a function, not 3"):
         transform(3)
+
+
+def test_a_tree_whose_codes_were_cast_is_refused():
+    cast = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), {"kernel": W})
+    with pytest.raises(ValueError, match="kernel: invariant 1: int8 codes must be int8, not bf"):
+        transform(lambda p, x: x @ p["kernel"])(cast, X)

@@ -251,6 +251,7 @@ def test_no_rule_means_float():
         (Rule("a", op="conv", weight=INT8), r"path matches, but not its op='conv': a \(dot\)"),
         (Rule("a", weight=INT8), "rules before it take all.*Rule.*'a'"),
         (Rule("zzzz/**", skip=True), "no path is like it. There are: a, b"),
+        (Rule(".*a", weight=INT8), "a path is a glob, no regular expression. Near: a"),
         (Rule(op="attention", act=ActScheme()), "not its op='attention': a"),
     ],
 )
