@@ -118,8 +118,8 @@ def _compare(flow: Flow, node: Node) -> None:
 @register(jp.square_p, jp.integer_pow_p, jp.sqrt_p, jp.rsqrt_p)
 def _power(flow: Flow, node: Node) -> None:
     """Powers of a product are products of powers: relu(s x)^2 = s^2 relu(x)^2."""
-    own = {jp.square_p: 2, jp.sqrt_p: Fraction(1, 2), jp.rsqrt_p: Fraction(-1, 2)}
-    _raised(flow, node, Fraction(own.get(node.kind, node.params.get("y", 0))))
+    own = {jp.square_p: Fraction(2), jp.sqrt_p: Fraction(1, 2), jp.rsqrt_p: Fraction(-1, 2)}
+    _raised(flow, node, own[node.kind] if node.kind in own else Fraction(node.params["y"]))
 
 
 def _raised(flow: Flow, node: Node, power: Fraction) -> None:

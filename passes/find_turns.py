@@ -223,8 +223,8 @@ class _Finder:
             if not why:
                 found = self._found("stream", spot.size, graph, turn, cuts, behind, gains)
                 good = bool(turn.joins) and bool(found.absorbed or found.explicit)
-                stuck = self._stuck(found) if good else "nothing absorbs it"
-                return turn, None if stuck else found, stuck
+                obstacle = self._stuck(found) if good else "nothing absorbs it"
+                return turn, None if obstacle else found, obstacle
             if not online or not new or len(cuts) > _MOST_CUTS:
                 return turn, None, why
             cuts += new

@@ -132,8 +132,12 @@ def _while(eqn: Any, ins: list[Any]) -> list[Any]:
 
 def _cond(eqn: Any, ins: list[Any]) -> list[Any]:
     index, *operands = ins
-    opened = [_compat.open_jaxpr(branch) for branch in eqn.params["branches"]]
-    branches = [lambda *args, own=own: _run(*own, args) for own in opened]
+
+    def branch(closed: Any) -> Callable[..., list[Any]]:
+        jaxpr, consts = _compat.open_jaxpr(closed)
+        return lambda *args: _run(jaxpr, consts, args)
+
+    branches = [branch(closed) for closed in eqn.params["branches"]]
     return list(choose(eqn, index, branches, operands))
 
 

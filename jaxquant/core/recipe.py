@@ -296,9 +296,10 @@ def _presets() -> dict[str, Recipe]:
         "w1a16": _preset(WeightScheme("int1", group_size=64), embed=rows),
     }
     recipes = {name: Recipe(name, rules) for name, rules in table.items()}
-    transformed = {"w8a8_smooth": Smooth(), "w8a8_rotated": Rotate(unfoldable="multiply")}
-    for name, transform in transformed.items():
-        recipes[name] = recipes["w8a8"].with_transforms(transform, name=name)
+    w8a8 = recipes["w8a8"]
+    recipes["w8a8_smooth"] = w8a8.with_transforms(Smooth(), name="w8a8_smooth")
+    turn = Rotate(unfoldable="multiply")
+    recipes["w8a8_rotated"] = w8a8.with_transforms(turn, name="w8a8_rotated")
     return recipes
 
 

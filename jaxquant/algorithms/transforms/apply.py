@@ -240,8 +240,8 @@ class _Work:
             if path is not None and path not in told:
                 why = self._not_wanted((path,))
                 other = unseen.get(path, "no product sums over channels of its input")
-                status = "refused" if refuses and not why else "left"
-                yield TransformRow("smooth", (path,), status, reason=why or other)
+                row = functools.partial(TransformRow, "smooth", (path,), reason=why or other)
+                yield row("refused") if refuses and not why else row("left")
 
     def _smoothed(self, transform: Smooth, group: ChannelGroup) -> TransformRow:
         """What becomes of a group."""
