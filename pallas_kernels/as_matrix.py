@@ -129,6 +129,60 @@ def flatten(
     )
 
 
+def takes_transposed(weight: Weight, axes: DotAxes) -> bool:
+    """Whether a product wants the transpose of a matrix whose groups were contracted once.
+
+    So does the gradient of a product: it sums over the weight's last axes, and scales have blocks
+    along its first ones.
+    """
+    blocks = any(1 < weight.scale_shape[a] < weight.shape[a] for a in axes.w_free)
+    return not axes.w_batch and blocks and _k_last(axes, len(weight.shape))
+
+
+def flatten_transposed(
+    x_shape: tuple[int, ...],
+    weight: Weight,
+    axes: DotAxes,
+    act: ActQuant | None,
+    out_dtype: Any,
+) -> MatmulProblem:
+    """A product that `takes_transposed`, as the problem [m, k] x [k, n] of the weight itself.
+
+    Args:
+      x_shape: shape of what takes the place of the activation: [m, n].
+      weight: the weight's static side.
+      axes: which axis does what.
+      act: how that is quantized first: by nothing.
+      out_dtype: dtype of the result, [m, k].
+
+    Raises:
+      Unsupported: it is none without copying the weight; says why.
+    """
+    if act is not None:
+        raise Unsupported(f"{act.dtype} activations meet a transposed weight")
+    if weight.codes not in STORAGE or weight.codes in PACKED:
+        raise Unsupported(f"no kernel reads {weight.codes} codes transposed")
+    m, k = axes.rows(x_shape), axes.columns(weight.shape)
+    n = math.prod(weight.shape[a] for a in axes.w_contract)
+    if not m * n * k:
+        raise Unsupported("an operand is empty")
+    group = _group([(weight.shape[a], weight.scale_shape[a]) for a in axes.w_free])
+    for axis in axes.w_contract:
+        if weight.scale_shape[axis] not in (1, weight.shape[axis]):
+            raise Unsupported(f"scales have blocks along contracted axis {axis} of the weight too")
+    return MatmulProblem(
+        m,
+        k,
+        n,
+        weight.codes,
+        "bfloat16",
+        group,
+        weight.zero_point,
+        out_dtype=jnp.dtype(out_dtype).name,
+        e2m1=weight.table == E2M1,
+    )
+
+
 def _check_packed(weight: Weight, contract: list[int]) -> None:
     """That the bytes of the contracted axes, flattened, are those of one packed axis."""
     if weight.packed_axis != contract[-1]:
@@ -265,3 +319,32 @@ class MatrixProduct:
         if not _k_first(self.axes):
             return part.reshape(self.problem.n, self.problem.groups).T
         return part.reshape(self.problem.groups, self.problem.n)
+
+
+class TransposedProduct(MatrixProduct):
+    """Runs a kernel on the transpose of a matrix, as `flatten_transposed` has it."""
+
+    def matrices(
+        self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The weight's parts as stored: codes [k, n], scale and zero points [k / group, n]."""
+        p = self.problem
+
+        def whole(part: jax.Array) -> jax.Array:
+            for axis in self.axes.w_contract:
+                part = spread_axis(part, axis, self.weight.shape[axis])
+            return part.reshape(p.groups, p.n)
+
+        zero = None if zero_point is None else whole(zero_point)
+        return codes.reshape(p.k, p.n), whole(scale), zero
+
+    def quantized_rows(
+        self,
+        x: jax.Array,
+        quantized: tuple[jax.Array, jax.Array] | None,
+        input_scale: jax.Array | None,
+        interpret: Any,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """X as [m, n]: nothing is quantized."""
+        del quantized, input_scale, interpret
+        return self._rows(x, self.problem.n), None

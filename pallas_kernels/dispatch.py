@@ -17,12 +17,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.pallas_kernels.activation import ActQuant
-from jaxquant.pallas_kernels.as_matrix import Kernel, MatrixProduct, Weight, flatten
+from jaxquant.pallas_kernels.as_matrix import (
+    Kernel,
+    MatrixProduct,
+    TransposedProduct,
+    Weight,
+    flatten,
+    flatten_transposed,
+    takes_transposed,
+)
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.gpu.select import select as select_cuda
 from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
 from jaxquant.pallas_kernels.spmd import Partition, PartitionedProduct, Split, partition
 from jaxquant.pallas_kernels.tpu.select import select as select_tpu
+from jaxquant.pallas_kernels.tpu.select import select_transposed as select_tpu_transposed
 
 Implementation = Literal["xla", "pallas"]
 
@@ -36,17 +45,19 @@ class Platform:
       chips: what its devices are called.
       k_last: its kernels take weights stored as [n, k] as well.
       float32: why float32 products are left to XLA unless a kernel is forced; "" if they are not.
+      transposed: as `select`, for products that take the transpose of a weight; None without any.
     """
 
     select: Callable[[MatmulProblem, str, bool], Kernel]
     chips: str
     k_last: bool = False
     float32: str = ""
+    transposed: Callable[[MatmulProblem, str, bool], Kernel] | None = None
 
 
 # By the names that JAX lowers for.
 PLATFORMS: dict[str, Platform] = {
-    "tpu": Platform(select_tpu, "TPU"),
+    "tpu": Platform(select_tpu, "TPU", transposed=select_tpu_transposed),
     "cuda": Platform(select_cuda, "GPU", True, "XLA multiplies it in TF32, kernels in bfloat16"),
 }
 
@@ -130,10 +141,15 @@ def choose(
         as_it_is = act is None and jnp.dtype(x_dtype) == jnp.float32
         if as_it_is and platform.float32 and implementation is None:
             raise Unsupported(f"x is float32: {platform.float32}")
-        problem = flatten(own_shape, x_dtype, own, axes, act, out_dtype, k_last=platform.k_last)
         wanted = implementation is not None or (parts is not None and parts.lone_group)
-        kernel = platform.select(problem, device_kind, wanted)
-        product = MatrixProduct(problem, kernel, own, axes, act)
+        if platform.transposed is not None and takes_transposed(own, axes):
+            problem = flatten_transposed(own_shape, own, axes, act, out_dtype)
+            kernel = platform.transposed(problem, device_kind, wanted)
+            product: MatrixProduct = TransposedProduct(problem, kernel, own, axes, act)
+        else:
+            problem = flatten(own_shape, x_dtype, own, axes, act, out_dtype, k_last=platform.k_last)
+            kernel = platform.select(problem, device_kind, wanted)
+            product = MatrixProduct(problem, kernel, own, axes, act)
         reason = kernel.reason + ("" if parts is None else f"; {parts}")
         if product.moves_codes:
             reason += "; codes are transposed at every call: jaxquant.prepare does it once"

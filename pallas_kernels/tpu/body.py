@@ -329,6 +329,22 @@ def _rows_of_block(
 def _before(
     refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
 ) -> jax.Array:
+    x = refs["laid_out" if "laid_out" in refs else "x"][...].astype(config.operand)
+    return dot(x, scaled_block(refs, problem, config, cut, step))
+
+
+def scaled_block(
+    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
+) -> jax.Array:
+    """A block of the weight [bk, bn], scaled: an operand, rows in the order of the reading.
+
+    Args:
+      refs: references by name: codes [bk, bn], scale [groups, bn]; perhaps zero_point and table.
+      problem: the whole product.
+      config: blocks and reading; scales come before the dot.
+      cut: of the block.
+      step: index of the block of contracted values.
+    """
     rows = _rows_of_block(problem, config, cut, step)
     scale = _stacked([scale_rows(refs, problem, config, r) for r in rows])
     zero = None
@@ -340,8 +356,7 @@ def _before(
         if zero is not None:
             w = w - _spread(zero, problem, config, cut, c)
         parts.append((w * _spread(scale, problem, config, cut, c)).astype(config.operand))
-    x = refs["laid_out" if "laid_out" in refs else "x"][...].astype(config.operand)
-    return dot(x, jnp.concatenate(parts, axis=0))
+    return jnp.concatenate(parts, axis=0)
 
 
 def _stacked(rows: list[Any]) -> Any:

@@ -214,7 +214,7 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
     """
     p = problem
     bm = min(_up(wanted.bm, 16), _up(p.m, 16))
-    bn = p.n if p.n <= wanted.bn else _near_divisor(p.n, wanted.bn)
+    bn = p.n if p.n <= wanted.bn else near_divisor(p.n, wanted.bn)
     bk = _block_of_k(p.k, _granule(p), wanted.bk)
     config = dataclasses.replace(wanted, bm=bm, bn=bn, bk=bk, parallel=chip.cores > 1)
     try:
@@ -249,7 +249,7 @@ def _block_of_k(k: int, granule: int, most: int) -> int:
     return best * granule if best * granule * 8 >= most else k
 
 
-def _near_divisor(n: int, wanted: int) -> int:
+def near_divisor(n: int, wanted: int) -> int:
     """A multiple of 128 near `wanted`, one that divides n if there is one from half of it on."""
     for bn in range(wanted, wanted // 2, -LANES):
         if n % bn == 0:

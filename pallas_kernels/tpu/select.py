@@ -23,6 +23,7 @@ from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
 from jaxquant.pallas_kernels.tpu.ragged import ragged_matmul
 from jaxquant.pallas_kernels.tpu.siblings import choose_sibling_config, sibling_matmuls
+from jaxquant.pallas_kernels.tpu.transposed import choose_transposed_config, transposed_matmul
 
 _WHEN = {"end": "on the output", "after": "after the dot", "before": "before the dot"}
 
@@ -56,6 +57,37 @@ def _together(problems: Sequence[MatmulProblem], chip: Chip) -> Any:
     config = choose_sibling_config(problems, chip)
     return functools.partial(
         sibling_matmuls, problems=tuple(problems), config=config, cores=chip.cores
+    )
+
+
+def select_transposed(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
+    """The kernel for rows times the transpose of a weight: a gradient.
+
+    Args:
+      problem: of the product that it is a gradient of.
+      device_kind: of the device.
+      forced: a kernel is wanted also where XLA is the better choice.
+
+    Raises:
+      Unsupported: none fits, or XLA is better; says why.
+    """
+    chip = _chip(device_kind)
+    if not (forced or chip.has_bf16_vpu):
+        raise Unsupported(
+            f"of a transposed weight XLA fuses conversion and scales into its dot on {chip.name}"
+        )
+    config = choose_transposed_config(problem, chip)
+
+    def multiply(y: Any, codes: Any, scale: Any, zero: Any, *, interpret: Any, **_: Any) -> Any:
+        return transposed_matmul(
+            y, codes, scale, zero, problem=problem, config=config, interpret=interpret
+        )
+
+    return Kernel(
+        f"pallas tpu {chip.name}: {problem.codes} transposed, scale before the dot",
+        f"groups of {problem.group} along the result, {problem.m} rows: scales meet the weight, in"
+        " blocks on the chip",
+        multiply,
     )
 
 

@@ -84,6 +84,10 @@ def test_every_kernel_compiles(chip):
     pair = {"product": dataclasses.asdict(PROBLEMS["w4a16"]), "columns": [512, 300]}
     siblings = {**pair, "chip": chip}
     jobs.append(Job("siblings", "benchmarks.tpu_siblings:siblings", siblings))
+    for name, m, k in (("transposed", 16, 512), ("prefill transposed", 260, 300 * 32)):
+        back = dataclasses.asdict(MatmulProblem(m, k, 640, "int4", group=64, zero_point=True))
+        arguments = {"problem": back, "chip": chip}
+        jobs.append(Job(name, "benchmarks.tpu_gradients:ours", arguments))
     jobs.append(Job("experts", "benchmarks.tpu_experts:product", experts))
     product = {"m": 16, "k": 512, "n": 256, "group": 64}
     jobs.append(Job("product", "benchmarks.tpu_cases:product", {**product, "qtype": "int4"}))
@@ -107,6 +111,7 @@ def test_every_kernel_compiles(chip):
     most = 64 if jax.__version_info__ >= (0, 12) else 512
     spills = {n: s.spills for n, s in got.items() if "prefill" not in n and s.spills > most}
     assert chip == "v4" or spills == {}
+    assert got["transposed"].kernels == got["prefill transposed"].kernels == 1
     assert got["siblings"].kernels == got["product"].kernels == got["experts"].kernels == 1
     assert got["channel"].kernels == 0
 
