@@ -103,6 +103,26 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "groups", "name", "reason"),
+    [
+        ("TPU v5 lite", 8, 1, "int4, scale on the output", "one scale a column"),
+        ("TPU v5 lite", 8, 2, "int4, scale after the dot", "groups of 128"),
+        ("TPU v6 lite", 256, 2, "int4, scale before", "int4 inputs are multiplied as bfloat16"),
+        ("TPU7x", 8, 2, "int4, scale after", "int4 inputs are multiplied as bfloat16"),
+        ("TPU7x", 8, 1, "xla", "XLA fuses the conversion of codes into its own dot"),
+        ("NVIDIA H200", 8, 2, "xla", "x in int4 has no GPU kernel"),
+    ],
+)
+def test_int4_inputs(kind, rows, groups, name, reason):
+    place = Place("cuda" if "NVIDIA" in kind else "tpu", kind)
+    weight = Weight("int4", (256, 128), (groups, 128))
+    axes = DotAxes.make((((1,), (0,)), ((), ())), 2, 2, "rhs")
+    act = ActQuant("int4", (1,))
+    choice = choose((rows, 256), "bfloat16", weight, axes, act, place, out_dtype="bfloat16")
+    assert name in choice.name and reason in choice.reason
+
+
 @pytest.mark.parametrize(("change", "reason"), REFUSALS, ids=[r for _, r in REFUSALS])
 def test_why_not(change, reason):
     arguments = {"x_shape": (8, 256), "weight": INT4} | change

@@ -55,6 +55,13 @@ def test_on_a_tpu_grouped_products_are_kernels(quantized):
     assert together == [True, True, False]
 
 
+def test_the_plan_says_why_siblings_are_apart(quantized):
+    compiled = lowered(quantized, LowerToKernels(Place("tpu", "TPU v5")))
+    reasons = [one.reason for one in compiled.program.facts["lowerings"]]
+    apart = "a launch apart from its siblings: a weight of 128 columns: at least 256 share blocks"
+    assert [apart in reason for reason in reasons] == [True, True, False]
+
+
 def experts(p, x):
     return jax.lax.ragged_dot(x, p["w"], jnp.asarray([3, 0, 5], jnp.int32))
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxquant.core.primitives import quantized_dot_general
 from jaxquant.core.quantize_array import quantize_array
 from jaxquant.pallas_kernels.as_matrix import Weight
 from jaxquant.pallas_kernels.dispatch import Place, choose
@@ -65,6 +66,21 @@ def test_the_kernel_takes_codes_as_they_are_stored(symmetric):
     want = np.asarray(y, np.float64) @ np.asarray(w.dequantize(), np.float64).T
     assert got.shape == (24, 256)
     np.testing.assert_allclose(got, want, atol=2.0**-7 * np.abs(want).max())
+
+
+def test_value_and_gradient_are_a_kernel_each():
+    w = quantize_array(jax.random.normal(jax.random.key(0), (256, 384)), "int4", (64, 1))
+
+    def both(x, y):
+        out, pull = jax.vjp(lambda x: quantized_dot_general(x, w, (((1,), (0,)), ((), ()))), x)
+        return out, pull(y)[0]
+
+    device = jax.sharding.AbstractDevice(device_kind="TPU v6e", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    avals = [jax.ShapeDtypeStruct((8, n), jnp.float32) for n in (256, 384)]
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(both).trace(*avals).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2 and "transposed_int4_g64" in text
 
 
 def test_several_axes_and_scales_shared_by_columns():
