@@ -3,12 +3,12 @@
 `python -m benchmarks.gpu` on a machine with an NVIDIA GPU; `--seconds` (540) bounds it, and the
 same command again goes on where it was stopped. What was measured is kept, piece by piece, in
 benchmarks/results/gpu-<chip>.jsonl, from which gpu-<chip>.json and the tables of gpu-<chip>.md are
-made; another jax or driver begins anew. Products, experts, LLM.int8(), copying and preparing are
-timed in a child (`gpu_supervise`: a kernel that hangs or dies costs its own figure only), each in
-two passes of which the slower is shown; every decode step has a process of its own, and so have the
-libraries of another Python (`--peer-python`, `gpu_peers`). `--only`, `--shapes`, `--rows` and
-`--formats` measure parts. How is said in `gpu_timing`. `--dry-run` runs it all on small shapes on
-any machine and times nothing.
+made; another jax, driver, kernel or table begins anew. Products, experts, LLM.int8(), copying and
+preparing are timed in a child (`gpu_supervise`: a kernel that hangs or dies costs its own figure
+only), each in two passes of which the slower is shown; every decode step has a process of its own,
+and so have the libraries of another Python (`--peer-python`, `gpu_peers`). `--only`, `--shapes`,
+`--rows` and `--formats` measure parts. How is said in `gpu_timing`. `--dry-run` runs it all on
+small shapes on any machine and times nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from benchmarks import gpu_report
 from benchmarks.gpu_products import FORMATS, LLM_INT8, Case, random_weight, time_case
-from benchmarks.gpu_supervise import Journal, key_of, leave_if_broken, supervise
+from benchmarks.gpu_supervise import Journal, digest, key_of, leave_if_broken, supervise
 from benchmarks.gpu_timing import Timer, Timing, require_gpu
 
 RESULTS = Path(__file__).parent / "results"
@@ -290,6 +290,7 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind,
         "runtime": str(getattr(device.client, "platform_version", "")).replace("\n", " "),
         "python": platform.python_version(),
+        "kernels": digest(".py", ".json"),  # and their tables
         **versions,
     }
 

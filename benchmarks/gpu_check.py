@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import gpu_oracle, gpu_oracle_grouped
 from benchmarks.gpu_formats import FORMATS
-from benchmarks.gpu_supervise import Journal, key_of, leave_if_broken, supervise
+from benchmarks.gpu_supervise import Journal, digest, key_of, leave_if_broken, supervise
 from benchmarks.gpu_timing import require_gpu
 from jaxquant.pallas_kernels.activation import GREATEST
 from jaxquant.pallas_kernels.gpu.chips import Chip, chip_of
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1000, help="random products of each kind")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--journal", type=Path, default=None, help="where to go on; for a part")
+    parser.add_argument("--journal", type=Path, default=None, help="folder of what is done")
     parser.add_argument("--share", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # processes share the GPU
@@ -63,7 +63,8 @@ def main() -> None:
         work(path, 0, 1, None, processes=1)
         finish([Journal(path)], "dry-run", arguments.out)
         return
-    folder = arguments.journal or Path(tempfile.gettempdir()) / "jaxquant-gpu-check"
+    own = f"jaxquant-gpu-check-{digest('.py')}"
+    folder = arguments.journal or Path(tempfile.gettempdir()) / own
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--seeds", str(arguments.seeds)]
 
     def one(share: int) -> Journal:
@@ -109,8 +110,8 @@ def work(
 ) -> None:
     """In a child: every piece of its share that is not in the journal yet."""
     journal = Journal(path)
-    journal.results["environment"] = None  # of this process, however often it is started
-    journal.end("environment", {"device": jax.devices()[0].device_kind, "jax": jax.__version__})
+    here = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    journal.once("environment", lambda: here)
     for index, piece in enumerate(pieces(seeds, chip is None)):
         if index % processes == share:
             wrong = journal.once(key_of(**piece), lambda piece=piece: found_in(piece, chip))[

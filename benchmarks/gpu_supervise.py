@@ -6,11 +6,12 @@ process with it. So the work is done by a child, piece by piece, and each piece 
 `Journal` when it begins and when it ends. `supervise` watches the journal: where nothing is written
 for too long it kills the child, says so in the open piece's place, and starts another one, which
 does what is not in the journal yet. A later call with the same journal goes on where this one was
-stopped.
+stopped; `digest` names journals by what the kernels are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -73,6 +74,16 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def digest(*suffixes: str) -> str:
+    """Of the kernels' files with these suffixes: what was found with others is not gone on with."""
+    kernels = Path(__file__).resolve().parent.parent / "pallas_kernels"
+    found = hashlib.sha256()
+    for path in sorted([*kernels.glob("*.py"), *(kernels / "gpu").rglob("*")]):
+        if path.suffix in suffixes:
+            found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def key_of(**fields: Any) -> str:

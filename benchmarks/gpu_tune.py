@@ -28,7 +28,7 @@ import jax
 from benchmarks.gpu import EXPERTS
 from benchmarks.gpu_clock import Clock, problem_of
 from benchmarks.gpu_products import CAPACITY, FORMATS, LLM_INT8, Case
-from benchmarks.gpu_supervise import Journal, key_of, leave_if_broken, supervise
+from benchmarks.gpu_supervise import Journal, digest, key_of, leave_if_broken, supervise
 from benchmarks.gpu_timing import require_gpu
 from jaxquant.pallas_kernels.gpu import tables
 from jaxquant.pallas_kernels.gpu.chips import CHIPS, Chip, chip_of
@@ -84,7 +84,8 @@ def main() -> None:
     if arguments.child:
         work(Journal(arguments.journal), cases, arguments.out)
         return
-    path = arguments.journal or Path(tempfile.gettempdir()) / "jaxquant-gpu-tune.jsonl"
+    own = f"jaxquant-gpu-tune-{digest('.py')}.jsonl"
+    path = arguments.journal or Path(tempfile.gettempdir()) / own
     command = [sys.executable, "-m", "benchmarks.gpu_tune", *sys.argv[1:], "--child"]
     journal = supervise([*command, "--journal", str(path)], path, arguments.seconds, _PATIENCE)
     for key, result in journal.results.items():

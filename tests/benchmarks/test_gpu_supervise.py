@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks.gpu_supervise import Journal, supervise
+from benchmarks.gpu_supervise import Journal, digest, supervise
 
 # Does the pieces 0 to 4, badly where it is told to; imports nothing that takes time.
 CHILD = """
@@ -66,3 +66,7 @@ def test_a_line_that_was_cut_off_is_ignored(tmp_path):
         file.write('{"key": "b", "res')
     again = Journal(path)
     assert again.results == {"a": 1} and again.open == "b"
+
+
+def test_kernels_are_named_by_their_files():
+    assert digest(".py") == digest(".py") != digest(".none") and len(digest(".py")) == 12
