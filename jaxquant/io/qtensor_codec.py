@@ -73,7 +73,7 @@ class QTensorCodec:
             "packed_length": take(node, "packed_length", (int, type(None)), where),
         }
         # Checkpoints of format 1 that were written before there were such fields lack them.
-        node = {"input_turn": None, "input_factor": {"kind": "None"}, **node}
+        node = {"input_turn": None, "input_factor": {"kind": "None", "value": ""}, **node}
         group = take({"input_group": None, **node}, "input_group", (str, type(None)), where)
         ops = take({"act_ops": None, **node}, "act_ops", (list, type(None)), where)
         if ops is not None and not all(isinstance(op, str) for op in ops):
