@@ -55,12 +55,12 @@ def fetch(
         )
 
     @pl.when(step == 0)
-    def _() -> None:
+    def set_off_first() -> None:
         for i in range(PARTS):
             copy(step, i).start()
 
     @pl.when(step + 1 < steps)
-    def _() -> None:
+    def set_off_next() -> None:
         for i in range(PARTS):
             copy(step + 1, i).start()
 
