@@ -16,6 +16,7 @@ from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.as_matrix import Kernel, Weight
 from jaxquant.pallas_kernels.blocks import spread_axis
 from jaxquant.pallas_kernels.problem import (
+    E2M1,
     PACKED,
     STORAGE,
     MatmulProblem,
@@ -65,6 +66,7 @@ def flatten_ragged(
         weight.zero_point,
         x_scale=act is not None,
         out_dtype=jnp.dtype(out_dtype).name,
+        e2m1=weight.table == E2M1,
     )
     return RaggedProblem(product, experts)
 

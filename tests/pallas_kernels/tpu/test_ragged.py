@@ -68,7 +68,7 @@ def check(product: MatmulProblem, sizes, config: MatmulConfig, seed=0, interpret
 @st.composite
 def products(draw):
     codes = draw(st.sampled_from(["int8", "int4", "int2", "float8_e4m3fn", "table4"]))
-    k = 256 if codes == "int2" else draw(st.sampled_from([96, 128, 256]))
+    k = 256 if codes in ("int2", "table4") else draw(st.sampled_from([96, 128, 256]))
     group = draw(st.sampled_from([0, *(g for g in (32, 64, 128) if k % g == 0)]))
     x_dtype = draw(st.sampled_from(["bfloat16", "int8"]))
     return MatmulProblem(
@@ -81,6 +81,7 @@ def products(draw):
         zero_point=codes.startswith("int") and draw(st.booleans()),
         x_scale=x_dtype == "int8",
         out_dtype="float32",
+        e2m1=codes == "table4" and draw(st.booleans()),
     )
 
 
