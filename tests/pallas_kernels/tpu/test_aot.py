@@ -28,7 +28,7 @@ PROBLEMS = {
     "w4a16, zero points, epilogue": MatmulProblem(8, 1024, 512, **W4A16, **EVERYTHING),
     "w4a16, groups of 32": MatmulProblem(16, 512, 512, "int4", group=32),
     "w4a8": MatmulProblem(16, 1024, 1024, **W4A16, **INT8),
-    "w4a16, codes fetched in halves": MatmulProblem(16, 4096, 1024, **W4A16),
+    "w4a8, codes fetched in halves": MatmulProblem(16, 4096, 2048, **W4A16, **INT8),
     "w4a4": MatmulProblem(64, 512, 512, **W4A16, x_dtype="int4", x_scale=True),
     "w4a4, 3 rows": MatmulProblem(3, 512, 300, "int4", x_dtype="int4", x_scale=True),
     "prefill w4a4": MatmulProblem(256, 512, 512, "int4", x_dtype="int4", x_scale=True),
