@@ -234,7 +234,7 @@ def _streams(problem: MatmulProblem, config: MatmulConfig, chip: Chip) -> bool:
     """Whether fetching codes itself is possible for a kernel, and pays."""
     p, c = problem, config
     few = c.bm == _STREAM_ROWS >= p.m and c.bk == p.k and p.n % c.bn == 0 and c.scale == "after"
-    whole = p.group >= LANES and p.groups % PARTS == 0 and c.bk * c.bn >= _STREAM_CODES
+    whole = p.group % LANES == 0 and p.groups % PARTS == 0 and c.bk * c.bn >= _STREAM_CODES
     return few and whole and p.codes == "int4" and chip.name in _STREAMS
 
 

@@ -56,6 +56,7 @@ def test_few_rows_take_all_of_k_at_once():
         ({"m": 64}, False),
         ({"n": 4096 + 96}, False),
         ({"group": 32}, False),
+        ({"k": 4160, "group": 160}, False),
         ({"k": 2048}, False),
         ({"codes": "int8"}, False),
     ],
