@@ -39,14 +39,14 @@ class Layout:
 
     Attributes:
       end: behind how many operands of the equation they go.
-      more: the parameters with them: from the equation, its parameters with edited bodies, and
-        the pairs in order.
+      more: the equation's parameters with them, but for its bodies: from its parameters and the
+        pairs in order.
       end_inside: behind how many inputs of a body, where that is another number.
       first: number of the first body that takes them; those behind it do, too.
     """
 
     end: Callable[[Any], int]
-    more: Callable[[Any, dict[str, Any], Sequence[Pair]], dict[str, Any]]
+    more: Callable[[dict[str, Any], Sequence[Pair]], dict[str, Any]]
     end_inside: Callable[[Any], int] | None = None
     first: int = 0
 
@@ -67,27 +67,27 @@ def _all(eqn: Any) -> int:
     return len(eqn.invars)
 
 
-def _more_of_cond(eqn: Any, params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+def _more_of_cond(params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     return params
 
 
-def _more_of_custom(eqn: Any, params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+def _more_of_custom(params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     return _compat.custom_with_more_consts(params, 2 * len(pairs))
 
 
-def _more_of_jit(eqn: Any, params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+def _more_of_jit(params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     return _compat.jit_with_more_operands(params, 2 * len(pairs))
 
 
-def _more_of_scan(eqn: Any, params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+def _more_of_scan(params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     return _compat.scan_with_more_consts(params, 2 * len(pairs))
 
 
-def _more_of_while(eqn: Any, params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+def _more_of_while(params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     return {**params, "body_nconsts": params["body_nconsts"] + 2 * len(pairs)}
 
 
-def _more_of_shard_map(eqn: Any, params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
+def _more_of_shard_map(params: dict[str, Any], pairs: Sequence[Pair]) -> dict[str, Any]:
     """Codes are split as the values are, scales along the axes that have several."""
     specs: list[PartitionSpec] = []
     for pair in pairs:

@@ -154,7 +154,7 @@ def granted(eqn: Any, given: Mapping[Wish, tuple[Any, Any]]) -> Any:
     """
     layout = LAYOUTS[eqn.primitive]
     operands = [var for pair in given.values() for var in pair]
-    params = layout.more(eqn, eqn.params, [_pair(eqn, wish) for wish in given])
+    params = layout.more(eqn.params, [_pair(eqn, wish) for wish in given])
     types = types_inside(eqn, params, [var.aval for var in operands])
     end = layout.end(eqn)
     end_inside = end if layout.end_inside is None else layout.end_inside(eqn)
