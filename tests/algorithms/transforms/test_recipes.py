@@ -325,6 +325,10 @@ def test_a_rule_leaves_an_input_as_it_is(recipe):
     _, plain = quantized(W8A8, gated_decoder, gated_params(), TOKENS)
     np.testing.assert_array_equal(tree["d"].codes, plain["d"].codes)
     assert not np.array_equal(tree["w"].codes, plain["w"].codes)
+    keep = jq.Rule("c", weight=jq.WeightScheme(), act=jq.ActScheme(), transforms=False)
+    own = W8A8.with_transforms(jq.Smooth()).with_rules(keep)
+    found, _ = rows(own, gated_decoder, gated_params(), TOKENS)
+    assert found[("d",)].reason == "a rule with transforms=False names c"  # which would be divided
 
 
 def test_what_is_inside_shard_map_is_left_and_said():
