@@ -146,8 +146,12 @@ def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
 
 
 def _int4(problem: MatmulProblem, chip: Chip) -> bool:
-    """Whether the matrix units multiply int4 by int4, which XLA's route does in int8."""
-    return problem.x_dtype == problem.codes == "int4" and "int4" in chip.mxu_dtypes
+    """Whether int4 by int4 is worth a kernel with one scale a column: XLA's route takes int8.
+
+    Where the matrix units take int4; at few rows on the other chips, which have no int8 either.
+    """
+    both = problem.x_dtype == problem.codes == "int4"
+    return both and ("int4" in chip.mxu_dtypes or problem.m <= DECODE_ROWS)
 
 
 def _why(problem: MatmulProblem, config: MatmulConfig) -> str:
