@@ -21,7 +21,9 @@ from typing import Any
 from jaxquant.io import checksum
 
 FORMAT = "jaxquant checkpoint"
-VERSION = 1
+# 2: QTensors have act_ops, input_factor and input_turn, without which a reader of format 1 would
+# give other values. Format 1 lacks them, and is read.
+VERSION = 2
 # The deepest tree that is saved or restored, and the longest manifest that is read.
 MAX_DEPTH = 100
 MAX_BYTES = 1 << 29

@@ -21,7 +21,7 @@ from jaxquant.core.recipe import ActScheme
 from jaxquant.io import orbax
 from jaxquant.io.info import make_info
 from jaxquant.io.leaves import AbstractLeaf
-from jaxquant.io.manifest import Manifest
+from jaxquant.io.manifest import VERSION, Manifest
 from tests.io.trees import Point, assert_same, random_qtensor
 
 METADATA = Path("manifest") / "metadata"
@@ -163,9 +163,9 @@ def write_sealed(path: Path, envelope, text: str) -> None:
 def test_newer_format(tmp_path):
     io.save(tmp_path / "c", {"a": 1})
     envelope = json.loads((tmp_path / "c" / METADATA).read_bytes())
-    (tmp_path / "c" / METADATA).write_text(json.dumps({**envelope, "version": 2}))
+    (tmp_path / "c" / METADATA).write_text(json.dumps({**envelope, "version": VERSION + 1}))
     for read in (io.restore, io.inspect):
-        with pytest.raises(io.CheckpointError, match="has format version 2; this jaxquant reads"):
+        with pytest.raises(io.CheckpointError, match=f"has format version {VERSION + 1}; this"):
             read(tmp_path / "c")
 
 

@@ -21,7 +21,7 @@ from jaxquant.core.qtensor import QTensor, make_qtensor
 from jaxquant.core.qtypes import qtype_names
 from jaxquant.core.quantize_array import quantize_array
 from jaxquant.core.recipe import ActScheme, Rule, get_recipe
-from jaxquant.io.manifest import DTYPES
+from jaxquant.io.manifest import DTYPES, VERSION
 from tests.io.trees import Point, assert_same, random_bits, random_qtensor
 
 
@@ -282,7 +282,7 @@ def test_inspect(tmp_path, capfd):
     io.save(tmp_path / "c", tree, recipe="w4a8_g128", metadata={"steps": [1, 2.5, None]})
     assert capfd.readouterr() == ("", "")
     info = io.inspect(tmp_path / "c")
-    assert info.version == 1 and info.container == "dict"
+    assert info.version == VERSION == 2 and info.container == "dict"
     assert info.recipe == get_recipe("w4a8_g128")
     assert info.metadata == {"steps": [1, 2.5, None]}
     assert {(r.path, r.qtype, r.shape, r.dtype, r.nbytes) for r in info.rows} == {
