@@ -112,7 +112,7 @@ REFUSALS = [
         ("TPU7x", 8, 2, "int4, scale after", "int4 inputs are multiplied as bfloat16"),
         ("TPU7x", 8, 1, "int4, scale on the output", "int4 inputs are multiplied as bfloat16"),
         ("TPU7x", 65, 1, "xla", "XLA fuses the conversion of codes into its own dot"),
-        ("NVIDIA H200", 8, 2, "xla", "x in int4 has no GPU kernel"),
+        ("NVIDIA H200", 8, 2, "xla", "pallas cuda: "),  # why depends on JAX's version
     ],
 )
 def test_int4_inputs(kind, rows, groups, name, reason):
