@@ -21,6 +21,7 @@ from jaxquant.pallas_kernels.as_matrix import Kernel
 from jaxquant.pallas_kernels.packing import unpack
 from jaxquant.pallas_kernels.problem import PACKED, STORAGE
 from jaxquant.pallas_kernels.tpu.select import select as select_tpu
+from jaxquant.pallas_kernels.tpu.select import select_transposed as select_tpu_transposed
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 _COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -39,17 +40,24 @@ def kernels_on_cpu(monkeypatch, interpret=False):
         if not interpret:
             multiply = functools.partial(_multiply, problem)
             return Kernel("a matmul on cpu", "this is a test", multiply, k_minor=True)
-        kernel = select_tpu(problem, "TPU v5 lite", forced)
+        return _interpreted(select_tpu(problem, "TPU v5 lite", forced))
 
-        def multiply(*args, interpret, **options):
-            return kernel.multiply(*args, interpret=True, **options)
-
-        return dataclasses.replace(kernel, multiply=multiply, quantize=None)
+    def select_transposed(problem, device_kind, forced):
+        problems.append(problem)
+        return _interpreted(select_tpu_transposed(problem, "TPU v6 lite", forced))
 
     jax.clear_caches()  # programs of other tests know nothing of these kernels
-    platform = dispatch.Platform(select, "CPU", k_last=not interpret)
+    transposed = select_transposed if interpret else None
+    platform = dispatch.Platform(select, "CPU", k_last=not interpret, transposed=transposed)
     monkeypatch.setitem(dispatch.PLATFORMS, "cpu", platform)
     return problems
+
+
+def _interpreted(kernel):
+    def multiply(*args, interpret, **options):
+        return kernel.multiply(*args, interpret=True, **options)
+
+    return dataclasses.replace(kernel, multiply=multiply, quantize=None)
 
 
 def _multiply(problem, x, codes, scale, zero_point, *, x_scale, table, interpret):

@@ -91,7 +91,7 @@ def test_product_and_gradient(problems, kind, how, name):
     chosen = {(p.m, p.k, p.n) for p in problems}
     if name == "one scale a column":
         assert chosen == {(m, k, n), (m, n, k)}
-    else:  # backwards groups lie along a free axis, which no kernel does
+    else:  # backwards groups lie along a free axis, which not every kernel takes
         assert {(m, k, n)} <= chosen <= {(m, k, n), (m, n, k)}
     assert moved == ({"all-reduce": 1} if rows else {})
     assert set(back) <= {"all-reduce"}
@@ -126,12 +126,20 @@ def test_the_tpu_kernel_itself(monkeypatch, kind, row):
         preferred_element_type=jnp.float32,
         out_sharding=out if kind is EXPLICIT else None,
     )
-    want = exact(x.astype(jnp.float32), w)
+
+    def pulled(x, y, w):
+        value, pull = jax.vjp(lambda x: fn(x, w), x)
+        return value, pull(y)[0]
+
+    y = jax.random.normal(jax.random.key(2), (16, 512), jnp.float32)
+    want, weight = exact(x.astype(jnp.float32), w), np.asarray(w.dequantize(), np.float64)
     with jax.set_mesh(mesh):
         placed = place_weight(w.replace(dtype=jnp.dtype("bfloat16")), mesh, w_spec)
-        got = jax.jit(fn)(place(x, mesh, x_spec), placed)
+        got, back = jax.jit(pulled)(place(x, mesh, x_spec), place(y, mesh, out), placed)
     close(got, want, rtol=1e-2)
-    assert [(p.m, p.k, p.n) for p in problems] == [(8, 128, 512) if row else (8, 512, 128)]
+    close(back.astype(jnp.float32), np.asarray(y, np.float64) @ weight.T, rtol=1e-2)
+    # The gradient's problem is that of the product it belongs to.
+    assert [(p.m, p.k, p.n) for p in problems] == [(8, 128, 512) if row else (8, 512, 128)] * 2
     jax.clear_caches()
 
 
