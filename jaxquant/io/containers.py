@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, Protocol
 
 from jaxquant.core.names import path_string
@@ -133,6 +133,7 @@ class Decoder:
       leaf: called with the number and place of each array; its result becomes the leaf.
       leaves: how many arrays there are.
       op_rules: the manifest's table, decoded.
+      qtypes: names of the qtypes that the manifest defines.
       classes: classes to find by name before loaded modules are searched.
       lenient: True to put a stand-in where a class is not found (`inspect`).
       where: name of the checkpoint, for messages.
@@ -144,6 +145,7 @@ class Decoder:
         leaves: int,
         *,
         op_rules: list[tuple[Any, ...]],
+        qtypes: Container[str],
         classes: Iterable[type] = (),
         lenient: bool = False,
         where: str = "checkpoint",
@@ -153,6 +155,7 @@ class Decoder:
         self._depth = 0
         self._classes = {class_name(c): c for c in classes}
         self.op_rules = op_rules
+        self.qtypes = qtypes
         self.lenient = lenient
         self.where = where
 

@@ -179,7 +179,13 @@ def _decode(
         return values[number]
 
     decoder = Decoder(
-        leaf, len(values), op_rules=rules, classes=classes, lenient=lenient, where=where
+        leaf,
+        len(values),
+        op_rules=rules,
+        qtypes=manifest.qtypes,
+        classes=classes,
+        lenient=lenient,
+        where=where,
     )
     return decoder.run(manifest.tree)
 

@@ -118,6 +118,8 @@ class QTensorCodec:
             ).validate("QTensor")
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: {error}") from error
+        if tensor.qtype.name not in decoder.qtypes:  # what its codes stand for is not known then
+            raise CheckpointError(f"{where}: qtypes does not define {tensor.qtype.name}")
         if list(tensor.shape) != take(node, "shape", list, where):
             raise CheckpointError(
                 f"{where}: its arrays make a weight of shape {list(tensor.shape)}, not"

@@ -247,6 +247,7 @@ HOSTILE = {
     "an unknown qtype": (lambda b: _set(child(b, "w"), qtype="int5"), "unknown qtype 'int5'"),
     "another qtype": (lambda b: _set(child(b, "w"), qtype="int8"), "invariant 1"),
     "another grid": (lambda b: b["qtypes"]["int4"].update(qmin=-7), "int4 codes were written as"),
+    "a grid that is not said": (lambda b: b["qtypes"].pop("int4"), "qtypes does not define int4"),
     "a newer qtype": (lambda b: b["qtypes"].update(int5={}), "A newer jaxquant may know it"),
     "another weight shape": (lambda b: _set(child(b, "w"), shape=[8, 64]), "make a weight of sha"),
     "another weight dtype": (lambda b: _set(child(b, "w"), dtype="int8"), "invariant 6"),
