@@ -21,6 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.pallas_kernels.activation import GREATEST, ROUNDER, SMALLEST_RANGE
 
+# What codes become of rows; no GPU kernel takes int4 inputs.
+DTYPES = tuple(dtype for dtype in GREATEST if dtype != "int4")
+
 # A row is [k / 128, 128]: the copy engine's tiles have at most 256 elements along each axis.
 _MINOR = 128
 _LONGEST = 256 * _MINOR
@@ -50,8 +53,8 @@ def quantize_rows(
     Raises:
       ValueError: another dtype, or a k that does not fit.
     """
-    if dtype not in GREATEST:
-        raise ValueError(f"activations become one of {list(GREATEST)}, not {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"activations become one of {list(DTYPES)}, not {dtype!r}")
     m, k = x.shape
     if not fits(k):
         raise ValueError(f"k = {k} is no multiple of {_MINOR}, or more than {_LONGEST}")
