@@ -31,12 +31,12 @@ from benchmarks import gpu_oracle, gpu_oracle_grouped
 from benchmarks.gpu_formats import FORMATS
 from benchmarks.gpu_supervise import Journal, digest, key_of, leave_if_broken, supervise
 from benchmarks.gpu_timing import require_gpu
+from jaxquant.pallas_kernels.activation import BYTES
 from jaxquant.pallas_kernels.gpu.chips import Chip, chip_of
 from jaxquant.pallas_kernels.problem import MatmulProblem
 
 RESULTS = Path(__file__).parent / "results"
 _ROWS = (16, 300, 1, 64)
-_ROW_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 _ROW_LENGTHS = (128, 640, 4096, 5504, 28672)
 _PROCESSES = 4
 # Seconds in which no piece takes place, its compilation included, unless it hangs.
@@ -96,7 +96,7 @@ def pieces(seeds: int, small: bool) -> Iterator[dict[str, Any]]:
         for m in _ROWS:
             for name in FORMATS:
                 yield {"kind": "format", "name": name, "m": m}
-        for dtype in _ROW_DTYPES:
+        for dtype in BYTES:
             for k in _ROW_LENGTHS:
                 yield {"kind": "rows", "dtype": dtype, "k": k}
     yield {"kind": "decoder"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 
 import jaxquant as jq
 from benchmarks import peer_qwix
@@ -43,11 +45,12 @@ def matmul(quick: bool) -> Figure:
     theirs, their_w = peer_qwix.matmul_w8a8(w)
     theirs = jax.jit(theirs)
     bare, bare_w = _bare_int8(w)
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "float32": lambda: floats(w, x),
         "jaxquant w8a8": lambda: ours(qw, x),
         "Qwix w8a8": lambda: theirs(their_w, x),
-        "XLA's int8 dot alone": lambda: bare(bare_w, x),
+        "w8a8 in plain JAX": lambda: bare(bare_w, x),
+        **_dots_alone(bare_w[0], rows),
     }
     exact = calls["float32"]()
     errors = {name: _relative(call(), exact) for name, call in list(calls.items())[:3]}
@@ -264,6 +267,26 @@ def _bare_int8(w: jax.Array) -> tuple[Callable[..., jax.Array], Any]:
         return y.astype(jnp.float32) * s * scale
 
     return multiply, (codes, scale)
+
+
+def _dots_alone(codes: jax.Array, rows: int) -> dict[str, Callable[[], jax.Array]]:
+    """XLA's dot of int8 codes with a weight [k, n], [n, k], and [n, k] in memory only."""
+    x = jax.random.randint(jax.random.key(2), (rows, codes.shape[0]), -127, 128, jnp.int8)
+
+    def dot(axis: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        dims = (((1,), (axis,)), ((), ()))
+        return jax.jit(functools.partial(
+            jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=jnp.int32
+        ))  # fmt: skip
+
+    turned = jnp.asarray(codes.T)
+    laid_out = jax.device_put(codes, Format(Layout((1, 0)), codes.sharding))
+    first, last = dot(0), dot(1)
+    return {
+        "XLA's int8 dot alone, weight [k, n]": lambda: first(x, codes),
+        "the same, weight [n, k]": lambda: last(x, turned),
+        "the same, [n, k] as a layout of [k, n]": lambda: first(x, laid_out),
+    }
 
 
 def _relative(value: jax.Array, exact: jax.Array) -> float:

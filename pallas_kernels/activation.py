@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 
 GREATEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+# Codes of a byte: what kernels without int4 inputs take.
+BYTES = tuple(dtype for dtype in GREATEST if dtype != "int4")
 # Ranges below this count as zero: the reciprocal of their scale would overflow float32.
 SMALLEST_RANGE = 2.0**-100
 # Adding 1.5 * 2**23 leaves a float32's value, rounded half to even, in its low mantissa bits.

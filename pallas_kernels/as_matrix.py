@@ -292,25 +292,26 @@ class MatrixProduct:
         input_scale: jax.Array | None,
         interpret: Any,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """X as [m, k], quantized as `act` says, and its scales [m, 1]."""
-        p, act, axes = self.problem, self.act, self.axes
+        """X as a matrix, quantized as `act` says, and its scales [m, 1]."""
+        act, axes = self.act, self.axes
         if act is None:
-            return self._rows(x, p.k), None
+            return self._rows(x), None
         if quantized is None:
             a_row = not act.static and sorted(act.reduce_axes) == sorted(axes.x_contract)
             if a_row and self.kernel.quantize is not None:
-                return self.kernel.quantize(self._rows(x, p.k), act.dtype, interpret=interpret)
+                return self.kernel.quantize(self._rows(x), act.dtype, interpret=interpret)
             given = None if input_scale is None else axes.w_to_x(input_scale)
             quantized = quantize_activation(x, act, given)
         codes, scale = quantized
         sizes = [1 if a in axes.x_contract else n for a, n in enumerate(x.shape)]
         scale = jnp.broadcast_to(scale, sizes).astype(jnp.float32)
-        return self._rows(codes, p.k), self._rows(scale, 1)
+        return self._rows(codes), self._rows(scale)
 
-    def _rows(self, x: jax.Array, size: int) -> jax.Array:
-        """Arrays over x's axes as [m, size]; contracted axes in the weight's order."""
+    def _rows(self, x: jax.Array) -> jax.Array:
+        """Arrays over x's axes as a matrix; contracted axes in the weight's order."""
         contract = [a for _, a in sorted(zip(self.axes.w_contract, self.axes.x_contract))]
-        return lax.transpose(x, (*self.axes.x_free, *contract)).reshape(-1, size)
+        terms = math.prod(x.shape[a] for a in contract)
+        return lax.transpose(x, (*self.axes.x_free, *contract)).reshape(-1, terms)
 
     def _columns(self, part: jax.Array) -> jax.Array:
         """Scales or zero points as [k / group, n]."""
@@ -337,14 +338,3 @@ class TransposedProduct(MatrixProduct):
 
         zero = None if zero_point is None else whole(zero_point)
         return codes.reshape(p.k, p.n), whole(scale), zero
-
-    def quantized_rows(
-        self,
-        x: jax.Array,
-        quantized: tuple[jax.Array, jax.Array] | None,
-        input_scale: jax.Array | None,
-        interpret: Any,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """X as [m, n]: nothing is quantized."""
-        del quantized, input_scale, interpret
-        return self._rows(x, self.problem.n), None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ _STATIC_FIELDS = (
     "qtype", "dtype", "act", "packed_axis", "packed_length", "op_rules", "input_group",
     "contracted", "prepared", "mesh_layout", "act_ops", "input_turn",
 )  # fmt: skip
+_data_fields, _static_fields = attrgetter(*_DATA_FIELDS), attrgetter(*_STATIC_FIELDS)
 _NO_ARITHMETIC = (
     "a QTensor holds quantized codes and does no arithmetic ({what}). Decorate the module with"
     " @jaxquant.quantize, wrap the function with jaxquant.transform, or call .dequantize() for a"
@@ -108,14 +110,12 @@ class QTensor:
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
         """Data fields as children under their attribute names; the rest is static."""
-        children = tuple((jax.tree_util.GetAttrKey(f), getattr(self, f)) for f in _DATA_FIELDS)
-        return children, tuple(getattr(self, f) for f in _STATIC_FIELDS)
+        children, static = self.tree_flatten()
+        return tuple(zip(map(jax.tree_util.GetAttrKey, _DATA_FIELDS), children)), static
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """As `tree_flatten_with_keys`, without keys."""
-        return tuple(getattr(self, f) for f in _DATA_FIELDS), tuple(
-            getattr(self, f) for f in _STATIC_FIELDS
-        )
+        """As `tree_flatten_with_keys`, without keys: at every jitted call, for every weight."""
+        return _data_fields(self), _static_fields(self)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> QTensor:

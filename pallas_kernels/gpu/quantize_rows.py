@@ -19,10 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxquant.pallas_kernels.activation import GREATEST, ROUNDER, SMALLEST_RANGE
-
-# What codes become of rows; no GPU kernel takes int4 inputs.
-DTYPES = tuple(dtype for dtype in GREATEST if dtype != "int4")
+from jaxquant.pallas_kernels.activation import BYTES, GREATEST, ROUNDER, SMALLEST_RANGE
 
 # A row is [k / 128, 128]: the copy engine's tiles have at most 256 elements along each axis.
 _MINOR = 128
@@ -53,8 +50,8 @@ def quantize_rows(
     Raises:
       ValueError: another dtype, or a k that does not fit.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"activations become one of {list(DTYPES)}, not {dtype!r}")
+    if dtype not in BYTES:
+        raise ValueError(f"activations become one of {list(BYTES)}, not {dtype!r}")
     m, k = x.shape
     if not fits(k):
         raise ValueError(f"k = {k} is no multiple of {_MINOR}, or more than {_LONGEST}")
