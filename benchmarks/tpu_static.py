@@ -7,8 +7,10 @@ bytes that must be moved over the bandwidth (`pallas_kernels/tpu/chips.py` has b
 `benchmarks.tpu_programs` says where a program stands for a larger one, and where only a lower bound
 is known. Needs libtpu; see `benchmarks.tpu_aot`.
 
-A run takes long, so each program is written down when it is compiled, and `--resume` takes those of
-the same compiler and config from the file. After a change of a kernel's body, do not resume.
+A run takes long, so each program is written down when it is compiled. `--resume` keeps what the
+file has of the same compiler: a program of ours while its fingerprint is that of today's kernel
+(`benchmarks.tpu_fingerprint`). `--resume --recorded` thus compiles what has changed, and nothing
+else. Rows that are not asked for stay as they are; a test says which are out of date.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 from benchmarks import tpu_floor, tpu_peers
 from benchmarks.tpu_aot import Static, compiler, measure
+from benchmarks.tpu_fingerprint import fingerprint
 from benchmarks.tpu_programs import BASELINES, FORMATS, Program, moved, program, time_of
 from jaxquant.pallas_kernels.problem import Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
@@ -30,6 +33,8 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "8192x28672")
 ROWS = (1, 8, 16, 64, 256, 1024, 4096)
 LABELS = (*BASELINES, *FORMATS, *tpu_peers.PEERS)
+# Label, m, k, n.
+Product = tuple[str, int, int, int]
 NOTE = (
     "Estimates of the TPU compiler, no timing on hardware: time = max(estimated cycles / clock,"
     " bytes moved once / bandwidth). at_least: no estimate; what schedules, bytes and multiply-adds"
@@ -82,50 +87,110 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="KxN")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--formats", nargs="+", default=list(LABELS), choices=LABELS)
-    parser.add_argument("--resume", action="store_true", help="keep what the file has")
+    parser.add_argument("--resume", action="store_true", help="keep what is still true of the file")
+    parser.add_argument(
+        "--recorded", action="store_true", help="the file's products, whatever else is said"
+    )
     arguments = parser.parse_args()
-    wanted = [label for label in arguments.formats if label not in tpu_peers.PEERS]
+    labels = [label for label in arguments.formats if label not in tpu_peers.PEERS]
     for label in arguments.formats:
         if label in tpu_peers.PEERS and tpu_peers.available(label):
-            wanted.append(label)
+            labels.append(label)
         elif label in tpu_peers.PEERS:
             print(f"{label}: not installed, left out")
-    for name in arguments.chips:
-        measure_chip(name, arguments.shapes, arguments.rows, wanted, arguments.resume)
-
-
-def measure_chip(
-    name: str, shapes: list[str], row_counts: list[int], labels: list[str], resume: bool
-) -> None:
-    """Every label at every shape and number of rows; writes the chip's file as it goes.
-
-    With `resume`, what the file has of the same compiler is used, and its other products stay in it
-    unless they are another program by now (a rule or a table chose another config).
-    """
-    chip, path = CHIPS[name], RESULTS / f"tpu-static-{name}.json"
     wanted = [
         (label, m, *map(int, shape.split("x")))
-        for m in row_counts
-        for shape in shapes
+        for m in arguments.rows
+        for shape in arguments.shapes
         for label in labels
     ]
-    items, reasons = _programs(chip, wanted)
-    jobs = {item.job.name: item.job for item in items}
-    compiled: dict[str, Static] = {}
-    if resume and path.exists():
-        record = json.loads(path.read_text())
-        if record.get("compiler") == compiler():
-            compiled = {key: Static(**value) for key, value in record["programs"].items()}
-            others = [(row["name"], row["m"], row["k"], row["n"]) for row in record["rows"]]
-            more, _ = _programs(chip, [other for other in others if other not in wanted])
-            items += more
-            reasons = record["unsupported"] | reasons
-    left = [job for key, job in jobs.items() if key not in compiled]
-    for batch in _batches(left):
-        compiled |= measure(batch, name)
-        print(f"{name}: {len(compiled)} programs, {len(left)} were to be compiled", flush=True)
-        _write(path, chip, items, compiled, reasons)
-    _write(path, chip, items, compiled, reasons)
+    for name in arguments.chips:
+        own = [_product(row) for row in recorded(name)["rows"]] if arguments.recorded else wanted
+        measure_chip(name, own, arguments.resume)
+
+
+def measure_chip(name: str, wanted: list[Product], resume: bool) -> None:
+    """Every product; writes the chip's file as it goes.
+
+    With `resume`, programs of the file that are today's are not compiled again, and its other
+    products stay in it, unless no kernel does them any more.
+    """
+    chip, record = CHIPS[name], recorded(name)
+    if not resume or record["compiler"] != compiler():
+        record = _empty()
+    rows = {_product(row): row for row in record["rows"]}
+    known = [*rows, *map(_parsed, record["unsupported"])]
+    items, reasons = _programs(chip, dict.fromkeys([*wanted, *known]))
+    different = {item.job.name: item for item in items.values()}
+    today = {key: _kernel(item) for key, item in different.items()}
+    programs, kernels = record["programs"], record["kernels"]
+
+    def is_there(item: Program) -> bool:
+        key = item.job.name
+        return key in programs and kernels.get(key) == today[key]
+
+    asked = [item for product, item in items.items() if product in set(wanted)]
+    jobs = {item.job.name: item.job for item in asked if not is_there(item)}
+    for product in reasons:
+        rows.pop(product, None)
+    batches = list(_batches(jobs.values()))
+    for number, batch in enumerate([[], *batches]):
+        for key, static in measure(batch, name).items():
+            programs[key] = dataclasses.asdict(static)
+            kernels |= {key: today[key]} if today[key] else {}
+        for product, item in items.items():
+            if is_there(item):
+                static = Static(**programs[item.job.name])
+                rows[product] = dataclasses.asdict(_row(chip, item, static))
+        _write(chip, rows, programs, kernels, reasons)
+        print(f"{name}: {number} of {len(batches)} batches of {_BATCH} compiled", flush=True)
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """What a chip's file has; empty without one."""
+    path = RESULTS / f"tpu-static-{name}.json"
+    return json.loads(path.read_text()) if path.exists() else _empty()
+
+
+def stale(name: str, rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Which of a chip's rows are not of today's kernels, in words."""
+    kernels, found = recorded(name)["kernels"], []
+    today: dict[str, str | None] = {}
+    for row in rows:
+        key = row["program"]
+        try:
+            item = program(CHIPS[name], *_product(row))
+        except Unsupported as reason:
+            found.append(f"{key}: no kernel any more: {reason}")
+            continue
+        if item.job.name != key:
+            found.append(f"{key}: now {item.job.name}")
+            continue
+        if key not in today:
+            today[key] = _kernel(item)
+        if today[key] != kernels.get(key):
+            found.append(f"{key}: another kernel by now")
+    return list(dict.fromkeys(found))
+
+
+def _kernel(item: Program) -> str | None:
+    """The fingerprint of a program of ours, else None."""
+    return None if item.config is None else fingerprint(item.job)
+
+
+def _empty() -> dict[str, Any]:
+    return {"compiler": "", "unsupported": {}, "rows": [], "kernels": {}, "programs": {}}
+
+
+def _product(row: dict[str, Any]) -> Product:
+    return row["name"], row["m"], row["k"], row["n"]
+
+
+def _parsed(key: str) -> Product:
+    """The product of a key of "unsupported"."""
+    label, _, size = key.partition("|")
+    m, k, n = map(int, size.split("x"))
+    return label, m, k, n
 
 
 def _batches(jobs: Iterable[Any]) -> Iterator[list[Any]]:
@@ -136,39 +201,43 @@ def _batches(jobs: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _programs(
-    chip: Chip, wanted: list[tuple[str, int, int, int]]
-) -> tuple[list[Program], dict[str, str]]:
-    items, reasons = [], {}
-    for label, m, k, n in wanted:
+    chip: Chip, wanted: Iterable[Product]
+) -> tuple[dict[Product, Program], dict[Product, str]]:
+    """The program of each product, or why there is no kernel."""
+    items, reasons = {}, {}
+    for product in wanted:
+        label, m, k, n = product
         if label in tpu_peers.PEERS and not tpu_peers.can_do(label, m):
             continue
         try:
-            items.append(program(chip, label, m, k, n))
+            items[product] = program(chip, label, m, k, n)
         except Unsupported as reason:
-            reasons[f"{label}|{m}x{k}x{n}"] = str(reason)
+            reasons[product] = str(reason)
     return items, reasons
 
 
 def _write(
-    path: Path,
     chip: Chip,
-    items: list[Program],
-    compiled: dict[str, Static],
-    reasons: dict[str, str],
+    rows: dict[Product, dict[str, Any]],
+    programs: dict[str, dict[str, Any]],
+    kernels: dict[str, str],
+    reasons: dict[Product, str],
 ) -> None:
-    rows = [_row(chip, i, compiled[i.job.name]) for i in items if i.job.name in compiled]
-    rows.sort(key=lambda row: (row.k, row.n, row.m, LABELS.index(row.name)))
-    used = sorted({row.program for row in rows})
+    ordered = sorted(rows.values(), key=lambda r: (r["k"], r["n"], r["m"], LABELS.index(r["name"])))
+    used = sorted({row["program"] for row in ordered})
     record = {
         "note": NOTE,
         "compiler": compiler(),
         "chip": dataclasses.asdict(chip),
-        "unsupported": reasons,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "programs": {key: dataclasses.asdict(compiled[key]) for key in used},
+        "unsupported": {
+            f"{label}|{m}x{k}x{n}": reason for (label, m, k, n), reason in reasons.items()
+        },
+        "rows": ordered,
+        "kernels": {key: kernels[key] for key in used if key in kernels},
+        "programs": {key: programs[key] for key in used},
     }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(lines(record))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"tpu-static-{chip.name}.json").write_text(lines(record))
 
 
 def lines(record: dict[str, Any]) -> str:

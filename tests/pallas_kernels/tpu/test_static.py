@@ -1,12 +1,14 @@
 """How the static figures are read: programs that stand for larger ones, floors, lower bounds."""
 
 import dataclasses
+import importlib.metadata
 import json
 
 import pytest
 
-from benchmarks import tpu_floor, tpu_schedule
-from benchmarks.tpu_aot import Static
+from benchmarks import tpu_floor, tpu_schedule, tpu_static
+from benchmarks.tpu_aot import Job, Static
+from benchmarks.tpu_fingerprint import fingerprint
 from benchmarks.tpu_programs import FORMATS, program, time_of
 from benchmarks.tpu_static import lines
 from jaxquant.pallas_kernels.problem import MatmulProblem
@@ -150,3 +152,48 @@ def test_lines_are_json():
     record = {"a": 1, "b": [{"c": 2}, {"c": 3}], "d": {"e": [4], "f": None}, "g": [], "h": {}}
     assert json.loads(lines(record)) == record
     assert lines(record).count("\n") > 8
+
+
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+def test_recorded_figures_are_of_todays_kernels(chip):
+    """Packed codes of 8192 contracted values are left out: seconds each, of the same body."""
+    record = tpu_static.recorded(chip)
+    jax = f"jax {importlib.metadata.version('jax')}"
+    if not record["compiler"].endswith(f", {jax}"):
+        pytest.skip(f"the figures are of {record['compiler']}; {jax} prints kernels otherwise")
+    packed = ("w2a16 g128", "w3a16 g128")
+    rows = [row for row in record["rows"] if row["k"] < 8192 or row["name"] not in packed]
+    hint = f"python -m benchmarks.tpu_static --resume --recorded --chips {chip}"
+    assert tpu_static.stale(chip, rows) == [], hint
+    assert sum(row["program"] in record["kernels"] for row in rows) > 7
+
+
+def test_a_fingerprint_is_of_what_is_compiled():
+    """Of body, blocks, limits and scratch; not of the job's name."""
+    item = program(V5E, "w4a16 g128", 16, 1024, 1024)
+    arguments, fields = item.job.arguments, dataclasses.asdict(item.config)
+    was = fingerprint(item.job)
+    assert was == fingerprint(Job("another", item.job.maker, arguments))
+    changed = {"bn": 256}, {"reading": "cast"}, {"vmem_limit_bytes": 2**25}, {"parallel": True}
+    others = {
+        fingerprint(Job("", item.job.maker, arguments | {"config": fields | change}))
+        for change in changed
+    }
+    assert len(others | {was}) == 1 + len(changed)
+    with pytest.raises(ValueError, match="no Pallas call"):
+        fingerprint(Job("bf16", "benchmarks.tpu_cases:bfloat16", {"m": 16, "k": 256, "n": 128}))
+
+
+def test_a_row_of_another_kernel_is_stale(monkeypatch):
+    def row(label, size):
+        item = program(V5E, label, *size)
+        return {"name": label, "m": size[0], "k": size[1], "n": size[2], "program": item.job.name}
+
+    size = (16, 1024, 1024)
+    true, floats = row("w4a16 g128", size), row("bf16", size)
+    kernels = {true["program"]: fingerprint(program(V5E, "w4a16 g128", *size).job)}
+    monkeypatch.setattr(tpu_static, "recorded", lambda name: {"kernels": kernels})
+    assert tpu_static.stale("v5e", [true, floats]) == []
+    assert "now w4a16" in tpu_static.stale("v5e", [true | {"program": "w4a16 of old"}])[0]
+    kernels[true["program"]] = "0123"
+    assert tpu_static.stale("v5e", [true, true]) == [f"{true['program']}: another kernel by now"]
