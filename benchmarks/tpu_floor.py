@@ -47,11 +47,21 @@ class Unpack:
 
 _NONE = Unpack("operands as stored", 0.0)
 _BITS4 = Unpack(
-    "a word of 8 codes: xor; 4 x (shift, and, or 128.0), the first without shift", 12 / 8
+    "a word of 8 codes: 4 x (shift, and, xor 128.0 and the sign), the first without shift", 11 / 8
 )
-_BITS2 = Unpack("a word of 16 codes: 8 x (shift, and, or 128.0), the first without shift", 23 / 16)
+_BITS2 = Unpack("a word of 16 codes: 8 x (and, or a power of two), 2 shifts", 18 / 16)
+_NIBBLES2 = Unpack(
+    "a word of 16 codes: 2 x (and, xor), shift; a register of bfloat16, 2 codes a lane: one"
+    " unpacking",
+    5 / 16 + 0.5,
+)
 _BITS3 = Unpack(
-    "3 words of 32 codes: 16 x (2 x (shift, and), or, or 128.0), 2 fields of 2 words", 3.125
+    "3 words of 32 codes: 16 x (and, or a power of two), 7 shifts; 9 for 2 codes across words", 1.5
+)
+_NIBBLES3 = Unpack(
+    "3 words of 32 codes: 12 x and, 9 shifts, 8 x or, 4 x xor; 4 for 2 codes across words; a"
+    " register of bfloat16, 2 codes a lane: one unpacking",
+    37 / 32 + 0.5,
 )
 _TABLE = Unpack(
     "a code: shift, and, minus its sublane, two rotations, and, compare, select; half an or", 8.5
@@ -76,8 +86,10 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ("int8", "bfloat16", True): Unpack(
         "a register of bfloat16, 2 codes a lane: one unpacking", 0.5
     ),
-    ("int3", "bfloat16", None): _BITS3,
-    ("int2", "bfloat16", None): _BITS2,
+    ("int3", "bfloat16", False): _BITS3,
+    ("int3", "bfloat16", True): _NIBBLES3,
+    ("int2", "bfloat16", False): _BITS2,
+    ("int2", "bfloat16", True): _NIBBLES2,
     ("int4", "int4", None): _NONE,
     ("table4", "bfloat16", None): _TABLE,
     ("e2m1", "bfloat16", None): _E2M1,

@@ -24,7 +24,7 @@ from jaxquant.pallas_kernels.tpu import lookup, reading
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
-from jaxquant.pallas_kernels.tpu.reading import BITS, LANES, SHUFFLED
+from jaxquant.pallas_kernels.tpu.reading import LANES, SHUFFLED, UNITS
 from jaxquant.pallas_kernels.tpu.stream import PARTS
 
 Refs = dict[str, Any]
@@ -36,9 +36,12 @@ _SUMS_IN_REGISTERS = 16 * 1024
 _OVER_COLUMNS = ("codes", "scale", "zero_point", "bias", "gate", "residual", "out", "acc")
 
 
-def needs_sums(problem: MatmulProblem, config: MatmulConfig) -> bool:
-    """Whether sums over x's rows correct the product: for zero points, or an offset of codes."""
-    return config.scale != "before" and (problem.zero_point or config.reading == "bits")
+def _corrections(problem: MatmulProblem, config: MatmulConfig) -> tuple[str, ...]:
+    """Which sums over x's rows correct the product: "sums" times zero points, and "offsets"."""
+    if config.scale == "before":
+        return ()
+    offsets = ("offsets",) if config.reading == "bits" else ()
+    return (*offsets, "sums") if problem.zero_point else offsets
 
 
 def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, Any]:
@@ -53,8 +56,8 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
         shapes["laid_out"] = pltpu.VMEM((c.bm, c.bk), jnp.dtype(c.operand))
     elif c.reading in SHUFFLED or cut.stack > 1:
         shapes["laid_out"] = pltpu.VMEM((rows, cut.size), jnp.dtype(c.operand))
-    if needs_sums(problem, c):
-        shapes["sums"] = pltpu.VMEM((c.bm if c.scale == "end" else rows, LANES), jnp.float32)
+    for name in _corrections(problem, c):
+        shapes[name] = pltpu.VMEM((c.bm if c.scale == "end" else rows, LANES), jnp.float32)
     if problem.codes == "int3":
         shapes["words"] = pltpu.VMEM((c.bn // LANES * (3 * c.bk // 32), LANES), jnp.uint32)
     return shapes
@@ -93,7 +96,7 @@ def matmul_body(
       await_part: waits for one of `stream.PARTS` parts of the block of codes; called once for each.
     """
     cut = Chunks.make(problem, config)
-    if "laid_out" in refs or "sums" in refs:
+    if {"laid_out", "offsets", "sums"} & refs.keys():
         # What is laid out stays in its scratch as long as the rows do.
         whole = cut.size * cut.count == problem.k
 
@@ -171,18 +174,22 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 def _prepare(
     refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
 ) -> None:
-    """Fills the scratch `laid_out` and `sums`: rows of chunk c, group g begin at (c stack + g) bm.
+    """Fills the scratch `laid_out` and sums: rows of chunk c, group g begin at (c stack + g) bm.
 
     Permuting columns and summing rows are one product on the matrix units, with a permutation
-    beside columns of ones; the matrix units are idle while codes are being unpacked.
+    beside columns of what is summed; the matrix units are idle while codes are being unpacked.
     """
     shuffled, bm, size = config.reading in SHUFFLED, config.bm, cut.size
-    sides = [reading.permutation(problem.codes, size)] if shuffled else []
-    if "sums" in refs:
-        sides += [_ones_of_group(cut, g) for g in range(cut.stack)]
+    sides = [reading.permutation(problem.codes, config.reading, size)] if shuffled else []
+    corrections = _corrections(problem, config)
+    for name in corrections:
+        summed = jnp.ones((size, LANES), jnp.float32)
+        if name == "offsets":
+            summed = reading.stored_offsets(problem.codes, size, LANES)
+        sides += [_rows_of_group(summed, cut, g) for g in range(cut.stack)]
     side = jnp.concatenate(sides, axis=1).astype(config.operand) if sides else None
     batch = max(1, _ROWS_TOGETHER // bm)
-    totals = None
+    totals: dict[str, jax.Array] = {}
     for first in range(0, cut.count, batch):
         chunks = range(first, min(first + batch, cut.count))
         parts = [refs["x"][:, c * size : (c + 1) * size].astype(config.operand) for c in chunks]
@@ -199,32 +206,35 @@ def _prepare(
             for g in range(cut.stack):
                 rows = pl.ds((c * cut.stack + g) * bm, bm)
                 if "laid_out" in refs:
-                    refs["laid_out"][rows, :] = _group_only(x[own], g, problem, cut, shuffled)
-                if "sums" not in refs:
-                    continue
-                sums = y[own, g * LANES : (g + 1) * LANES]
-                if config.scale == "after":
-                    refs["sums"][rows, :] = sums
-                else:
-                    totals = sums if totals is None else totals + sums
-    if totals is not None:
-        _add(refs["sums"], totals, step)
+                    refs["laid_out"][rows, :] = _group_only(x[own], g, problem, config, cut)
+                for at, name in enumerate(corrections):
+                    first_lane = (at * cut.stack + g) * LANES
+                    sums = y[own, first_lane : first_lane + LANES]
+                    if config.scale == "after":
+                        refs[name][rows, :] = sums
+                    else:
+                        totals[name] = totals[name] + sums if name in totals else sums
+    for name, total in totals.items():
+        _add(refs[name], total, step)
 
 
-def _ones_of_group(cut: Chunks, group: int) -> jax.Array:
-    """float32 [size, 128]: ones in the stored rows of one of the chunk's groups."""
-    row = lax.broadcasted_iota(jnp.int32, (cut.size, LANES), 0)
-    return (row // (cut.size // cut.stack) == group).astype(jnp.float32)
+def _rows_of_group(summed: jax.Array, cut: Chunks, group: int) -> jax.Array:
+    """What is summed, [size, 128], with zeros outside the stored rows of one of the groups."""
+    if cut.stack == 1:
+        return summed
+    row = lax.broadcasted_iota(jnp.int32, summed.shape, 0)
+    return jnp.where(row // (cut.size // cut.stack) == group, summed, 0.0)
 
 
 def _group_only(
-    x: jax.Array, group: int, problem: MatmulProblem, cut: Chunks, shuffled: bool
+    x: jax.Array, group: int, problem: MatmulProblem, config: MatmulConfig, cut: Chunks
 ) -> jax.Array:
     """X with zeros outside one of the chunk's groups."""
     if cut.stack == 1:
         return x
-    position = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    row = reading.source_row(problem.codes, position) if shuffled else position
+    row = lax.broadcasted_iota(jnp.int32, (1, cut.size), 1)
+    if config.reading in SHUFFLED:
+        row = reading.source_row(problem.codes, config.reading, row)
     mask = (row // problem.group == group).astype(jnp.float32)
     return (x.astype(jnp.float32) * mask).astype(x.dtype)
 
@@ -252,18 +262,19 @@ def _operand(
     if problem.codes == "int3":
         rows = 3 * config.bk // 32
         strip = refs["words"].at[: config.bn // LANES * rows, :]
-        return reading.operand_from_triples(strip, rows, chunk)
+        w = reading.operand_from_triples(strip, config.reading, rows, chunk)
+        return w.astype(config.operand)
     start, size = chunk * cut.size, cut.size
     if config.reading in SHUFFLED:
         per_row = 4 if problem.codes == "int2" else 1
         block = refs["codes"][start // per_row : (start + size) // per_row, :]
-        words = reading.read_words(problem.codes, block)
-        units = size // BITS[problem.codes].unit
+        if config.reading in ("bits", "nibbles"):
+            w = reading.operand_from_words(problem.codes, config.reading, block)
+            return w.astype(config.operand)
+        words, units = pltpu.bitcast(block, jnp.uint32), size // UNITS[problem.codes]
         if config.reading == "table":
             return lookup.values_from_words(words, units, refs["table"])
-        if config.reading == "e2m1":
-            return lookup.e2m1_from_words(words, units)
-        return reading.operand_from_words(problem.codes, words, units)
+        return lookup.e2m1_from_words(words, units)
     block = refs["codes"][start : start + size, :]
     if config.reading == "float4":
         return lookup.converted(block)
@@ -287,27 +298,30 @@ def _after(
     step: Any,
     await_part: Callable[[int], None],
 ) -> jax.Array:
-    bm, total = config.bm, None
+    bm, total, corrections = config.bm, None, _corrections(problem, config)
     part_of = {i * cut.count // PARTS: i for i in range(PARTS)}
     first = step * config.bk // problem.group
     for c in range(0, cut.count, cut.per_group):
-        part = sums = None
+        part = None
+        sums: dict[str, jax.Array] = {}
         for i in range(c, c + cut.per_group):
             if i in part_of:
                 await_part(part_of[i])
             more = dot(_x_chunk(refs, config, cut, i), _operand(refs, problem, config, cut, i))
             part = more if part is None else part + more
-            if "sums" in refs:
-                rows = cut.stack * bm
-                more = refs["sums"][i * rows : (i + 1) * rows, :]
-                sums = more if sums is None else sums + more
+            rows = slice(i * cut.stack * bm, (i + 1) * cut.stack * bm)
+            for name in corrections:
+                more = refs[name][rows, :]
+                sums[name] = sums[name] + more if name in sums else more
         assert part is not None
         for g in range(cut.stack):
             row = pl.ds(first + c // cut.per_group * cut.stack + g, 1)
             own = part[g * bm : (g + 1) * bm, :].astype(jnp.float32)
-            if sums is not None:
-                zero = zero_rows(refs, problem, config, row)
-                own = own - widen(sums[g * bm : (g + 1) * bm, :], config.bn) * zero
+            for name, sum_ in sums.items():
+                of_group = widen(sum_[g * bm : (g + 1) * bm, :], config.bn)
+                own = own - (
+                    of_group * zero_rows(refs, problem, config, row) if name == "sums" else of_group
+                )
             own = own * scale_rows(refs, problem, config, row)
             total = own if total is None else total + own
     assert total is not None
@@ -348,19 +362,21 @@ def scaled_block(
     rows = _rows_of_block(problem, config, cut, step)
     scale = _stacked([scale_rows(refs, problem, config, r) for r in rows])
     zero = None
-    if problem.zero_point or config.reading == "bits":
+    if problem.zero_point:
         zero = _stacked([zero_rows(refs, problem, config, r) for r in rows])
     parts = []
     for c in range(cut.count):
         w = _float_codes(refs, problem, config, cut, c)
+        if config.reading == "bits":
+            w = w - reading.offsets(problem.codes, *w.shape)
         if zero is not None:
             w = w - _spread(zero, problem, config, cut, c)
         parts.append((w * _spread(scale, problem, config, cut, c)).astype(config.operand))
     return jnp.concatenate(parts, axis=0)
 
 
-def _stacked(rows: list[Any]) -> Any:
-    return rows[0] if len(rows) == 1 or isinstance(rows[0], float) else jnp.concatenate(rows)
+def _stacked(rows: list[jax.Array]) -> jax.Array:
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
 
 def _float_codes(
@@ -373,10 +389,10 @@ def _float_codes(
 
 
 def _spread(
-    part: Any, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, chunk: int
-) -> Any:
+    part: jax.Array, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, chunk: int
+) -> jax.Array:
     """Scales or zero points of a block [groups, bn] over the rows of one chunk."""
-    if isinstance(part, float) or part.shape[0] == 1:
+    if part.shape[0] == 1:
         return part
     groups, size = cut.size // problem.group, cut.size
     if groups <= 1:
@@ -386,12 +402,13 @@ def _spread(
     if config.reading not in SHUFFLED:
         spread = jnp.broadcast_to(own[:, None, :], (groups, problem.group, own.shape[1]))
         return spread.reshape(size, own.shape[1])
-    of_tiles = reading.source_row(problem.codes, np.arange(size)).reshape(-1, 8) // problem.group
+    order = reading.source_row(problem.codes, config.reading, np.arange(size))
+    of_tiles = order.reshape(-1, 8) // problem.group
     if (of_tiles == of_tiles[:, :1]).all():  # each register of float32 has one scale a column
         tiles = [jnp.broadcast_to(own[g : g + 1, :], (8, own.shape[1])) for g in of_tiles[:, 0]]
         return jnp.concatenate(tiles, axis=0)
     row = lax.broadcasted_iota(jnp.int32, (size, own.shape[1]), 0)
-    group = reading.source_row(problem.codes, row) // problem.group
+    group = reading.source_row(problem.codes, config.reading, row) // problem.group
     out = jnp.broadcast_to(own[:1, :], (size, own.shape[1]))
     for g in range(1, groups):
         out = jnp.where(group == g, own[g : g + 1, :], out)

@@ -11,7 +11,7 @@ import dataclasses
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
-from jaxquant.pallas_kernels.tpu.reading import BITS, LANES, SHUFFLED
+from jaxquant.pallas_kernels.tpu.reading import LANES, SHUFFLED, UNITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Chunks:
         """
         bk, group = config.bk, problem.group
         if config.reading in SHUFFLED:
-            size = max(LANES, BITS[problem.codes].unit)
+            size = max(LANES, UNITS[problem.codes])
         elif config.scale == "after":
             size = min(group, bk) if group >= LANES or LANES % group or bk % LANES else LANES
         else:

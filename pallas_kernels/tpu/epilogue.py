@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.tpu import reading
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.lookup import E2M1_FACTOR
-from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
+from jaxquant.pallas_kernels.tpu.reading import LANES
 
 
 def finish(
@@ -37,6 +38,8 @@ def finish(
     out = total.astype(jnp.float32)
     if config.scale == "end":
         row = pl.ds(0, 1)
+        if "offsets" in refs:
+            out = out - widen(refs["offsets"][...], config.bn)
         if "sums" in refs:
             out = out - widen(refs["sums"][...], config.bn) * zero_rows(refs, problem, config, row)
         out = out * scale_rows(refs, problem, config, row)
@@ -57,19 +60,19 @@ def scale_rows(
 ) -> jax.Array:
     """float32 scales of these rows [rows, bn], for operands as the reading leaves them."""
     scale = refs["scale"][rows, :].astype(jnp.float32)
-    step = 1 / E2M1_FACTOR if config.reading == "e2m1" else 1
-    if config.reading == "bits":
-        step = BITS[problem.codes].step
+    step = reading.step(problem.codes, config.reading)
+    if config.reading == "e2m1":
+        step = 1 / E2M1_FACTOR
     return scale * step if step != 1 else scale
 
 
-def zero_rows(refs: dict[str, Any], problem: MatmulProblem, config: MatmulConfig, rows: Any) -> Any:
-    """What must be subtracted from the operand: zero points [rows, bn], or one number."""
-    zero: Any = refs["zero_point"][rows, :].astype(jnp.float32) if problem.zero_point else 0.0
-    if config.reading == "bits":
-        layout = BITS[problem.codes]
-        zero = zero / layout.step + layout.offset
-    return zero
+def zero_rows(
+    refs: dict[str, Any], problem: MatmulProblem, config: MatmulConfig, rows: Any
+) -> jax.Array:
+    """Zero points of these rows [rows, bn], in the operand's units, without its offsets."""
+    zero = refs["zero_point"][rows, :].astype(jnp.float32)
+    step = reading.step(problem.codes, config.reading)
+    return zero / step if step != 1 else zero
 
 
 def widen(lanes: jax.Array, columns: int) -> jax.Array:

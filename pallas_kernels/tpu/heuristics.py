@@ -28,7 +28,7 @@ from jaxquant.pallas_kernels.tpu import table
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, Reading, ScaleTime, vmem_bytes
-from jaxquant.pallas_kernels.tpu.reading import BITS, LANES
+from jaxquant.pallas_kernels.tpu.reading import LANES, UNITS
 from jaxquant.pallas_kernels.tpu.stream import PARTS
 
 # Up to this many rows x stays whole and the weight streams.
@@ -167,7 +167,7 @@ def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime)
             raise Unsupported(f"{chip.name} does not gather within registers, as tables need")
         return "table"
     if p.codes in PACKED:
-        return "bits"
+        return "nibbles" if chip.has_bf16_vpu else "bits"
     if scale == "before" and chip.has_bf16_vpu and p.codes in ("int4", "int8"):
         return "staged"
     fits = p.k % LANES == 0 and (p.groups == 1 or LANES % p.group == 0 or p.group % LANES == 0)
@@ -179,8 +179,8 @@ def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime)
 def _granule(problem: MatmulProblem) -> int:
     """A block's contracted values are a multiple of this, or all of them."""
     base = LANES
-    if problem.codes in BITS:
-        base = max(base, BITS[problem.codes].unit)
+    if problem.codes in UNITS:
+        base = max(base, UNITS[problem.codes])
     return base if problem.groups == 1 else math.lcm(base, problem.group)
 
 

@@ -1,135 +1,211 @@
 """From stored codes to operands of the matrix units, inside a kernel.
 
-Used by the bodies in this package. Codes that count, in two ways (tables: `tpu.lookup`):
+Used by the bodies in this package. Codes that count, in three ways (tables: `tpu.lookup`):
 
 * "cast": the compiler's own conversion.
-* "bits": four to eight shifts and masks turn one 32-bit word of codes into bfloat16 numbers
-  128 + u, where u is the code counted from its lowest: u goes straight into the mantissa. The
-  offset of 128 is left in and taken out of the sums, where it costs one product with the sum of
-  x's row over the group. Words hold rows 8r .. 8r + 7 of a column, so the operand's rows come out
-  in another order than stored; `source_row` says which, and x's columns follow suit.
+* "bits": shifts and masks turn one 32-bit word of codes into pairs of bfloat16 numbers M + u, where
+  u is the code counted from its lowest: u goes into the mantissa where it happens to lie, and the
+  exponent is set so that it counts 1 there (M is 128 for the lowest bits, 64 one bit up, ...). What
+  M adds is taken out of the sums, where it costs one product with x's row over the group.
+* "nibbles", of int2 and int3, where the compiler converts a register of int4 in one operation:
+  words of codes become words of int4 that hold twice the value, and those are converted. There is
+  no offset.
 
-A `Layout` describes one way for one storage: rows come in units of `unit` codes.
+Words hold the codes of a column that follow each other, so the operand's rows come out in another
+order than stored; `source_row` says which, and x's columns follow suit.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-_MAGIC = 0x43004300  # two bfloat16 numbers 128; the low mantissa bit of each counts 1
-_OFFSET = 128.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the words of one storage are read.
-
-    Attributes:
-      unit: codes whose order is shuffled among themselves; 8 rows of 32-bit words.
-      lowest: the code that is stored as 0.
-      step: distance of neighbouring codes.
-    """
-
-    unit: int
-    lowest: int = 0
-    step: int = 1
-
-    @property
-    def offset(self) -> float:
-        """What a zero point of 0 becomes, counted in steps from the operand's zero."""
-        return _OFFSET - self.lowest / self.step
-
-
-BITS = {
-    "int4": Layout(64, -8, 1),
-    "int2": Layout(128, -3, 2),
-    "int3": Layout(256, -4, 1),
-    "table4": Layout(64),
-}
+# Codes whose order is shuffled among themselves: those of 8 rows of words (int3: of triples).
+UNITS = {"int4": 64, "int2": 128, "int3": 256, "table4": 64}
 # Readings that take words apart: rows come out in the order of `source_row`.
-SHUFFLED = ("bits", "table", "e2m1")
+SHUFFLED = ("bits", "nibbles", "table", "e2m1")
+
+_ROWS = 8  # of a register of 32-bit words
+_MANTISSA = 7  # bits of bfloat16's
+# The lowest code and the distance of neighbours.
+_GRID = {"int4": (-8, 1), "int2": (-3, 2), "int3": (-4, 1)}
+# By plane of 16 rows, each with a code of the low and one of the high half of every word: by how
+# many bits the word is shifted to the right, and where in the halves the codes are then. int3: five
+# planes of each word of a triple (`_aligned`), and two codes that lie across words.
+_INT4 = tuple((4 * i, 0, 0) for i in range(4))
+_INT2 = tuple((s, 2 * i - s, 2 * i - s) for i, s in enumerate((-1, 0, 0, 5, 5, 5, 9, 9)))
+_FIVE = tuple((s, 1 + 3 * i - s, 3 * i - s) for i, s in enumerate((0, 0, 6, 6, 12)))
+_PLANES = {"int4": _INT4, "int2": _INT2, "int3": (*_FIVE, *_FIVE, *_FIVE, (0, 0, 0))}
 
 
-def source_row(codes: str, position: Any) -> Any:
-    """The stored row, within its unit, of the operand's row at `position` (arrays of int32)."""
-    unit = BITS[codes].unit
-    start, p = (position // unit) * unit, position % unit
-    plane, word, half = p // 16, (p % 16) // 2, p % 2
-    if unit == 64:
-        return start + 8 * word + 4 * half + plane
-    if codes == "int2":
-        return start + 16 * word + 8 * half + plane
-    return start + 32 * word + 16 * half + plane
+def step(codes: str, reading: str) -> float:
+    """What the value of a code grows by when the operand does by 1."""
+    if reading == "nibbles":
+        return 0.5
+    return _GRID[codes][1] if reading == "bits" else 1
 
 
-def read_words(codes: str, block: jax.Array) -> jax.Array:
-    """The block as 32-bit words, codes counted from the lowest one (int4: two's complement away).
+def offsets(codes: str, rows: int, columns: int) -> jax.Array:
+    """float32 [rows, columns]: what "bits" adds to the operand's rows, whole units of them.
 
-    Args:
-      codes: "int4", "int2", or "table4", whose bits stay as they are.
-      block: [rows, bn] as stored.
-
-    Returns:
-      uint32 [rows * bits / 32, bn].
+    That is the operand minus value / step, and exact in bfloat16.
     """
-    words = pltpu.bitcast(block, jnp.uint32)
-    return words ^ jnp.uint32(0x88888888) if codes == "int4" else words
+    odd = lax.broadcasted_iota(jnp.int32, (16, columns), 0) % 2 == 1
+    unit = [
+        jnp.where(odd, _offset(codes, high), _offset(codes, low)) for _, low, high in _PLANES[codes]
+    ]
+    return jnp.concatenate(unit * (rows // UNITS[codes]), axis=0)
 
 
-def operand_from_words(codes: str, words: jax.Array, units: int) -> jax.Array:
-    """bfloat16 [units * unit, bn] of 128 + u, rows in the order of `source_row`.
+def stored_offsets(codes: str, rows: int, columns: int) -> jax.Array:
+    """As `offsets`, of rows in the order in which the codes are stored."""
+    word = UNITS[codes] // _ROWS
+    row = lax.broadcasted_iota(jnp.int32, (word, columns), 0)
+    values = jnp.zeros((word, columns), jnp.float32)
+    for plane, (_, low, high) in enumerate(_PLANES[codes]):
+        for half, at in enumerate((low, high)):
+            code = int(source_row(codes, "bits", np.array([16 * plane + half]))[0])
+            values = jnp.where(row == code, _offset(codes, at), values)
+    return jnp.concatenate([values] * (rows // word), axis=0)
+
+
+def _offset(codes: str, lowest_bit: int) -> float:
+    lowest, distance = _GRID[codes]
+    return float(2.0 ** (_MANTISSA - lowest_bit)) - lowest / distance
+
+
+def source_row(codes: str, reading: str, position: Any) -> Any:
+    """The stored row, within its unit, of the operand's row at `position` (arrays of int32)."""
+    unit = UNITS[codes]
+    start, p = (position // unit) * unit, position % unit
+    at_once = 8 if reading == "nibbles" else 2  # rows from one word
+    plane, word, slot = p // (_ROWS * at_once), p // at_once % _ROWS, p % at_once
+    xp = np if isinstance(position, np.ndarray) else jnp
+    if codes != "int3":
+        code = (2 * slot + plane) if reading == "nibbles" else plane + unit // 16 * slot
+    elif reading == "nibbles":
+        third = slot % 3
+        code = xp.where(plane < 3, 11 * plane + third + third // 2, 11 * third + 2) + slot // 3 * 4
+    else:
+        code = xp.where(plane < 15, 11 * (plane // 5) + plane % 5 + 5 * slot, 10 + 11 * slot)
+    return start + unit // _ROWS * word + code
+
+
+def operand_from_words(codes: str, reading: str, block: jax.Array) -> jax.Array:
+    """The operand [rows, bn] of a block of int4 or int2 codes, in the order of `source_row`.
 
     Args:
       codes: "int4" or "int2".
-      words: uint32 [units * 8, bn].
-      units: how many units.
+      reading: "bits", or for int2 "nibbles".
+      block: as stored; whole units.
+
+    Returns:
+      bfloat16 of "bits", int4 of "nibbles".
     """
-    bits = 4 if codes == "int4" else 2
-    mask = jnp.uint32((2**bits - 1) * 0x10001)
-    parts = []
-    for unit in range(units):
-        word = words[8 * unit : 8 * unit + 8, :]
-        for plane in range(16 // bits):
-            parts.append(_to_bf16((word >> jnp.uint32(bits * plane)) & mask))
+    words = pltpu.bitcast(block, jnp.uint32)
+    parts: list[jax.Array] = []
+    for first in range(0, words.shape[0], _ROWS):
+        word = words[first : first + _ROWS, :]
+        if reading == "nibbles":
+            # Two's complement of 2 (2 u - 3): u's bits above, the upper one flipped, and 10.
+            parts += [_as_int4(shifted(word, up) & _each(0xC), 0xA) for up in (2, 0)]
+        else:
+            parts += _planes(word, codes)
     return jnp.concatenate(parts, axis=0)
 
 
-def operand_from_triples(words_ref: Any, rows: int, unit: int) -> jax.Array:
-    """bfloat16 [256, bn] of 128 + u from int3 codes, rows in the order of `source_row`.
+def operand_from_triples(words_ref: Any, reading: str, rows: int, unit: int) -> jax.Array:
+    """The operand [256, bn] of one unit of int3 codes, in the order of `source_row`.
 
     Args:
       words_ref: uint32 reference [bn / 128 * rows, 128], one 128 columns after the other: three
         words are 32 codes of a column. (Strided loads take references of 128 lanes only.)
+      reading: "bits" or "nibbles".
       rows: words a column.
       unit: which unit, a static number.
+
+    Returns:
+      bfloat16 of "bits", int4 of "nibbles".
     """
     columns = []
-    for start in range(24 * unit, words_ref.shape[0], rows):
-        a, b, c = (words_ref[pl.ds(start + i, 8, stride=3), :] for i in range(3))
-        planes = [
-            _to_bf16(_three_bits(a, b, c, 3 * i, 0) | _three_bits(a, b, c, 3 * (16 + i), 16))
-            for i in range(16)
-        ]
-        columns.append(jnp.concatenate(planes, axis=0))
+    for start in range(3 * _ROWS * unit, words_ref.shape[0], rows):
+        a, b, c = (words_ref[pl.ds(start + i, _ROWS, stride=3), :] for i in range(3))
+        parts = _nibbles_of_triple(a, b, c) if reading == "nibbles" else _pairs_of_triple(a, b, c)
+        columns.append(jnp.concatenate(parts, axis=0))
     return jnp.concatenate(columns, axis=1)
 
 
-def _three_bits(a: Any, b: Any, c: Any, start: int, to: int) -> jax.Array:
-    """Bits start .. start + 2 of the 96-bit numbers (c, b, a), at bit `to` of the result."""
-    words = (a, b, c)
-    index, bit = divmod(start, 32)
-    field = shifted(words[index], to - bit)
-    if bit > 29:
-        field = field | shifted(words[index + 1], to + 32 - bit)
-    return field & jnp.uint32(7 << to)
+def _pairs_of_triple(a: jax.Array, b: jax.Array, c: jax.Array) -> list[jax.Array]:
+    """Planes of bfloat16 of 96-bit numbers (c, b, a).
+
+    Shifted by one bit at most, each word has ten codes where the middle one has them. The eleventh
+    of a and of b end in the next word.
+    """
+    own = _planes(a << jnp.uint32(1), "int3", 0, 5)
+    own += _planes(b, "int3", 5, 10)
+    own += _planes(c >> jnp.uint32(1), "int3", 10, 15)
+    low = shifted(a, -30) | shifted(b, 2) & jnp.uint32(4)
+    high = shifted(b, -15) & jnp.uint32(1 << 16) | shifted(c, 17) & jnp.uint32(6 << 16)
+    return [*own, _bf16(low | high, "int3", 15)]
+
+
+def _nibbles_of_triple(a: jax.Array, b: jax.Array, c: jax.Array) -> list[jax.Array]:
+    """Four registers of int4, 2 (u - 4), of 96-bit numbers (c, b, a).
+
+    A code fills bits 1 to 3 of a nibble; with the upper one flipped that is two's complement. Codes
+    that are four apart in a word are twelve bits apart, three nibbles: one mask takes them all.
+    Three such masks fill the nibbles of a register; what is left of each word, the last.
+    """
+    first, second, third = 0x0E00E00E, 0xE00E00E0, 0x00E00E00
+    parts = []
+    for i, word in enumerate((a, b, c)):
+        own = shifted(word, 1 - i) & jnp.uint32(first) | shifted(word, 2 - i) & jnp.uint32(second)
+        parts.append(own | shifted(word, -i) & jnp.uint32(third))
+    last = shifted(a, -5) & jnp.uint32(0x0600E00E) | shifted(b, -2) & jnp.uint32(0x200E00E0)
+    last = last | shifted(b, 27) & jnp.uint32(1 << 27) | shifted(c, 30)
+    parts.append(last | shifted(c, 1) & jnp.uint32(third))
+    return [_as_int4(part, 8) for part in parts]
+
+
+def _planes(word: jax.Array, codes: str, start: int = 0, end: int | None = None) -> list[jax.Array]:
+    """Planes start .. end - 1 of `_PLANES`, each bfloat16 [16, bn], of words that hold them all."""
+    width = {"int4": 4, "int2": 2, "int3": 3}[codes]
+    planes: list[jax.Array] = []
+    for i, (right, low, high) in list(enumerate(_PLANES[codes]))[start:end]:
+        field = (1 << width) - 1
+        mask = jnp.uint32(field << low | field << high + 16)
+        planes.append(_bf16(shifted(word, -right) & mask, codes, i))
+    return planes
+
+
+def _bf16(fields: jax.Array, codes: str, plane: int) -> jax.Array:
+    """Fields in the mantissas of both halves become bfloat16 [16, bn]: M + u."""
+    _, low, high = _PLANES[codes][plane]
+    magic = _exponent(low) | _exponent(high) << 16
+    if codes == "int4":  # from two's complement to counting from the lowest: another highest bit
+        magic |= 0x00080008
+    return pltpu.bitcast(fields ^ jnp.uint32(magic), jnp.bfloat16)
+
+
+def _exponent(low: int) -> int:
+    """The bits of the bfloat16 number whose mantissa counts 1 at this bit."""
+    return (127 + _MANTISSA - low) << _MANTISSA
+
+
+def _each(nibble: int) -> jax.Array:
+    return jnp.uint32(nibble * 0x11111111)
+
+
+def _as_int4(words: jax.Array, flipped: int) -> jax.Array:
+    """Words [8, bn] as int4 [64, bn], these bits of each nibble flipped."""
+    return pltpu.bitcast(words ^ _each(flipped), jnp.int4)
 
 
 def shifted(word: jax.Array, left: int) -> jax.Array:
@@ -139,13 +215,8 @@ def shifted(word: jax.Array, left: int) -> jax.Array:
     return word >> jnp.uint32(-left)
 
 
-def _to_bf16(pairs: jax.Array) -> jax.Array:
-    """Two small numbers in the halves of each word become two rows of 128 + number."""
-    return pltpu.bitcast(pairs | jnp.uint32(_MAGIC), jnp.bfloat16)
-
-
-def permutation(codes: str, width: int) -> jax.Array:
+def permutation(codes: str, reading: str, width: int) -> jax.Array:
     """float32 [width, width]: x @ it has x's columns in the order of `source_row`."""
     stored = lax.broadcasted_iota(jnp.int32, (width, width), 0)
-    position = lax.broadcasted_iota(jnp.int32, (width, width), 1)
-    return (stored == source_row(codes, position)).astype(jnp.float32)
+    position = lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    return (stored == source_row(codes, reading, position)).astype(jnp.float32)
