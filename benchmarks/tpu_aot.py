@@ -52,12 +52,14 @@ class Job:
       arguments: keyword arguments, plain JSON.
       devices: for how many devices; if several, `maker` gets them as `devices` and its avals have
         shardings over them.
+      int4_rows: rows of a tile in which arguments of int4 lie in HBM; 0 for the compiler's choice.
     """
 
     name: str
     maker: str
     arguments: dict[str, Any]
     devices: int = 1
+    int4_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _work(chip: str, listing: str, out: str, folder: str) -> None:
         given = job.arguments | ({"devices": devices} if job.devices > 1 else {})
         fn, avals, *steps = getattr(importlib.import_module(module), function)(**given)
         try:
-            compiled = compile_for(fn, avals, devices[0])
+            compiled = compile_for(fn, avals, devices[0], job.int4_rows)
         except Exception as error:  # noqa: BLE001  (whatever it is, it is the result)
             result = Static(job.name, chip, error=f"{type(error).__name__}: {error}"[:2000])
         else:
@@ -189,23 +191,30 @@ def _work(chip: str, listing: str, out: str, folder: str) -> None:
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
 
 
-def compile_for(fn: Any, avals: Any, device: Any) -> Any:
+def compile_for(fn: Any, avals: Any, device: Any, int4_rows: int = 0) -> Any:
     """`fn` compiled for a device that need not be there.
 
     Args:
       fn: function of arrays.
       avals: its arguments, ShapeDtypeStructs in any tree; those with a sharding keep it.
       device: of a topology description.
+      int4_rows: as of `Job`.
 
     Returns:
       The compiled program.
     """
     import jax
+    from jax.experimental.layout import Format, Layout
 
     sharding = jax.sharding.SingleDeviceSharding(device)
-    avals = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or sharding), avals
-    )
+
+    def placed(aval: Any) -> Any:
+        where = aval.sharding or sharding
+        if int4_rows and aval.dtype == "int4":  # rows of a tile, eight of them a 32-bit word
+            where = Format(Layout((0, 1), ((int4_rows, 128), (8, 1)), 4), where)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=where)
+
+    avals = jax.tree.map(placed, avals)
     meshes = {getattr(a.sharding, "mesh", None) for a in jax.tree.leaves(avals)} - {None}
     around = contextlib.nullcontext() if meshes else on_tpu(device)
     with around:

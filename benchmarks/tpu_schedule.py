@@ -4,7 +4,8 @@ Called by `benchmarks.tpu_aot` in the child process that compiled the program. T
 time come out, from the best to the weakest:
 
 * the profile: estimated cycles by operation, with the transfers a Pallas pipeline makes. libtpu
-  has none for v4 and aborts on fusions that unpack int4 ("Unsupported DMA direction");
+  has none for v4 and aborts on fusions that read int4 in XLA's own layout ("Unsupported DMA
+  direction for latency modeling: dma-general"; `benchmarks.tpu_programs` asks another way);
 * XLA's cost model: `estimated_cycles` in the configuration of each fusion, which chose its window;
 * schedules: the bundles of one step times the steps. A bundle may take several cycles and a
   schedule may hold inner loops, so this bounds the time from below.

@@ -60,6 +60,7 @@ class Row:
       over_floor: time over the largest of them.
       bytes: what must be moved once.
       program: key of the compiled program.
+      like: key of one with the same work, asked for its estimate; of XLA's grouped int4 only.
       times: by how much the program's time was multiplied.
     """
 
@@ -77,6 +78,7 @@ class Row:
     over_floor: float | None
     bytes: int
     program: str
+    like: str | None
     times: float
 
 
@@ -127,21 +129,24 @@ def measure_chip(name: str, wanted: list[Product], resume: bool) -> None:
 
     def is_there(item: Program) -> bool:
         key = item.job.name
-        return key in programs and kernels.get(key) == today[key]
+        there = key in programs and kernels.get(key) == today[key]
+        return there and (item.like is None or item.like.name in programs)
 
     asked = [item for product, item in items.items() if product in set(wanted)]
-    jobs = {item.job.name: item.job for item in asked if not is_there(item)}
+    left = [item for item in asked if not is_there(item)]
+    jobs = {job.name: job for item in left for job in (item.job, item.like) if job is not None}
     for product in reasons:
         rows.pop(product, None)
     batches = list(_batches(jobs.values()))
     for number, batch in enumerate([[], *batches]):
         for key, static in measure(batch, name).items():
             programs[key] = dataclasses.asdict(static)
-            kernels |= {key: today[key]} if today[key] else {}
+            kernels |= {key: today[key]} if today.get(key) else {}
         for product, item in items.items():
             if is_there(item):
                 static = Static(**programs[item.job.name])
-                rows[product] = dataclasses.asdict(_row(chip, item, static))
+                like = None if item.like is None else Static(**programs[item.like.name])
+                rows[product] = dataclasses.asdict(_row(chip, item, static, like))
         _write(chip, rows, programs, kernels, reasons)
         print(f"{name}: {number} of {len(batches)} batches of {_BATCH} compiled", flush=True)
 
@@ -224,7 +229,7 @@ def _write(
     reasons: dict[Product, str],
 ) -> None:
     ordered = sorted(rows.values(), key=lambda r: (r["k"], r["n"], r["m"], LABELS.index(r["name"])))
-    used = sorted({row["program"] for row in ordered})
+    used = {row["program"] for row in ordered} | {row.get("like") for row in ordered}
     record = {
         "note": NOTE,
         "compiler": compiler(),
@@ -233,8 +238,8 @@ def _write(
             f"{label}|{m}x{k}x{n}": reason for (label, m, k, n), reason in reasons.items()
         },
         "rows": ordered,
-        "kernels": {key: kernels[key] for key in used if key in kernels},
-        "programs": {key: programs[key] for key in used},
+        "kernels": {key: kernels[key] for key in sorted(used & kernels.keys())},
+        "programs": {key: programs[key] for key in sorted(used & programs.keys())},
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"tpu-static-{chip.name}.json").write_text(lines(record))
@@ -255,8 +260,8 @@ def lines(record: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _row(chip: Chip, item: Program, static: Static) -> Row:
-    p, time = item.problem, time_of(chip, item, static)
+def _row(chip: Chip, item: Program, static: Static, like: Static | None) -> Row:
+    p, time = item.problem, time_of(chip, item, static, like)
     floor = None
     if item.config is not None:
         floor = tpu_floor.floor(p, item.config.operand, chip)
@@ -278,6 +283,7 @@ def _row(chip: Chip, item: Program, static: Static) -> Row:
         over,
         moved(item),
         item.job.name,
+        None if item.like is None else item.like.name,
         round(item.times, 4),
     )
 

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from benchmarks.tpu_aot import Job, available, measure
+from benchmarks.tpu_programs import program, same_work, time_of
 from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem, Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config, choose_ragged_config
@@ -127,6 +128,15 @@ def test_cycles_are_told_and_grow_with_the_work():
     assert got["1024"].source == got["4096"].source == "estimate"
     assert 2 * got["1024"].cycles < got["4096"].cycles
     assert got["broken"].error
+
+
+def test_xla_grouped_int4_has_an_estimate():
+    """The estimator refuses the program, and takes one with the same work."""
+    item = program(CHIPS["v5e"], "xla int4 g128", 16, 512, 512)
+    got = measure([item.job, item.like], "v5e")
+    asked, like = got[item.job.name], got[item.like.name]
+    assert like.source == "estimate" and same_work(asked, like)
+    assert not time_of(CHIPS["v5e"], item, asked, like).at_least
 
 
 def test_several_devices():

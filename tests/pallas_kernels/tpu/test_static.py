@@ -95,6 +95,39 @@ def test_a_copy_that_the_product_waits_for():
     assert time_of(V5E, floats, static).in_turn is None
 
 
+def test_what_xla_copies_of_x_is_copied_once_for_all_columns():
+    item = program(V5E, "xla int4 g128", 4096, 8192, 28672)
+    rows, columns = item.job.arguments["m"], item.job.arguments["n"]
+    assert rows < 4096 and columns < 28672
+    copy = {"name": "copy-done", "bundles": 0, "steps": 1, "bytes": 2 * rows * 8192, "cycles": 0}
+    static = Static("", "v5e", cycles=1, operations={}, sequence=[copy])
+    time = time_of(V5E, item, static)
+    assert time.in_turn == pytest.approx(2 * 4096 * 8192 / V5E.hbm_bandwidth * 1e6)
+
+
+def test_an_estimate_of_the_same_work_stands_for_one_that_is_refused():
+    item = program(V5E, "xla int4 g128", 16, 4096, 4096)
+    assert item.like is not None and item.like.int4_rows == 8
+    assert item.like.arguments == item.job.arguments and item.like.maker == item.job.maker
+    op = {"name": "fusion", "bundles": 1000, "steps": 8, "bytes": 0, "cycles": 0}
+    units = {"MATMUL": 500.0, "VALU": 900.0}
+    static = Static("", "v5e", sequence=[op], units=units)
+    like = Static(
+        "", "v5e", cycles=50_000, operations={"fusion": 50_000}, units=units, sequence=[op]
+    )
+    time = time_of(V5E, item, static, like)
+    assert not time.at_least
+    assert time.microseconds == time.in_turn == pytest.approx(50_000 / V5E.clock * 1e6)
+    for other in (
+        dataclasses.replace(like, units=units | {"VALU": 920.0}),
+        dataclasses.replace(like, sequence=[op | {"bundles": 1100}]),
+        dataclasses.replace(like, sequence=[op | {"steps": 9}]),
+        dataclasses.replace(like, sequence=[op, op]),
+        dataclasses.replace(like, cycles=None),
+    ):
+        assert time_of(V5E, item, static, other) == time_of(V5E, item, static)
+
+
 def test_what_bounds_our_time():
     item = program(V5E, "w4a16 g128", 16, 4096, 4096)
     units = {"VALU": 90.0, "MATMUL": 10.0}
