@@ -66,14 +66,18 @@ def grouped_attention(
       [B, T, H, head_dim] in the dtype of `query`.
     """
     batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
+    kv_heads, keys = key.shape[2], key.shape[1]
+    # Query heads of one key head are stacked as rows, [B, K, G T, head_dim]: then the products are
+    # plain batched matrix products whose results lie as the softmax reads them. As n-ary einsums
+    # they came out transposed, and XLA turned all B H T S scores twice.
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped * head_dim**-0.5, key)
-    scores = scores.astype(jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    scores = (rows * head_dim**-0.5) @ key.transpose(0, 2, 3, 1)
+    scores = scores.astype(jnp.float32).reshape(batch, heads, length, keys)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", probabilities, value)
-    return mixed.reshape(batch, length, heads, head_dim)
+    mixed = probabilities.reshape(batch, kv_heads, -1, keys) @ value.transpose(0, 2, 1, 3)
+    return mixed.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
 
 
 def check_tokens(tokens: jax.Array, max_length: int) -> None:
