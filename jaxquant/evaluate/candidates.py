@@ -34,11 +34,13 @@ def float_and_recipes(
       The float runner and one per recipe.
 
     Raises:
-      TypeError: where ``qvars`` is neither like the float tree nor made of such trees.
+      TypeError: where the float tree is quantized, or ``qvars`` is neither like it nor made of such
+        trees.
       ValueError: where names are missing, repeated or taken.
     """
     adapter = _adapter(model)
     fn, tree = adapter.pure(variables)
+    _check_float(tree)
     recipes = []
     decorated = recipe_of(model)
     default = "quantized" if decorated is None else decorated.name
@@ -49,6 +51,16 @@ def float_and_recipes(
         else:
             recipes.append(Runner(name, adapter.apply, adapter.pure(one)[1]))
     return Runner(FLOAT, fn, tree), recipes
+
+
+def _check_float(tree: Any) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+    found = [jax.tree_util.keystr(path) for path, leaf in leaves if is_quantized(leaf)]
+    if found:
+        raise TypeError(
+            f"the float model, which all are compared with, holds {len(found)} quantized weights "
+            f"({found[0]} first): give float parameters there, and quantized ones as qvars"
+        )
 
 
 def _adapter(model: Any) -> ModelAdapter:

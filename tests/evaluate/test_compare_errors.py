@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxquant as jq
 from jaxquant.evaluate import compare
 from tests.evaluate import tiny
 
@@ -141,6 +142,13 @@ def test_recipes_that_are_no_recipes(params):
         quick(tiny.lm, params, params, tokens, on_nonfinite="ignore")
     report = quick(tiny.lm, params, [params, params], tokens, names=["a", "b"])
     assert [r.name for r in report.recipes] == ["a", "b"]
+
+
+def test_a_quantized_tree_in_the_float_models_place(params):
+    quantized = jq.ptq(jq.quantize("w8a16")(tiny.lm), params, tiny.tokens(0))
+    for variables, qvars in ((quantized, params), (quantized, quantized)):
+        with pytest.raises(TypeError, match=r"float model.*quantized weights \(\['.*as qvars"):
+            quick(tiny.lm, variables, qvars, [tiny.tokens(0)])
 
 
 @pytest.mark.parametrize(
