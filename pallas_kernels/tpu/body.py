@@ -29,8 +29,9 @@ from jaxquant.pallas_kernels.tpu.stream import PARTS
 
 Refs = dict[str, Any]
 
-# Chunks of x are laid out in batches of so many rows: one push of the permutation serves them all.
-_ROWS_TOGETHER = 128
+# Chunks of x are laid out in batches of so many results: one push of the permutation serves them
+# all, and 32 of the 64 registers hold them.
+_LAID_OUT_TOGETHER = 32 * 1024
 # "after" sums strips of so many elements at a time: 16 of the 64 registers.
 _SUMS_IN_REGISTERS = 16 * 1024
 _OVER_COLUMNS = ("codes", "scale", "zero_point", "bias", "gate", "residual", "out", "acc")
@@ -188,7 +189,8 @@ def _prepare(
             summed = reading.stored_offsets(problem.codes, size, LANES)
         sides += [_rows_of_group(summed, cut, g) for g in range(cut.stack)]
     side = jnp.concatenate(sides, axis=1).astype(config.operand) if sides else None
-    batch = max(1, _ROWS_TOGETHER // bm)
+    width = size if side is None else side.shape[1]
+    batch = max(1, _LAID_OUT_TOGETHER // width // bm)
     totals: dict[str, jax.Array] = {}
     for first in range(0, cut.count, batch):
         chunks = range(first, min(first + batch, cut.count))
