@@ -19,15 +19,17 @@ import math
 from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu.chips import Chip
 
-# A vector operation does 1024 lanes of 32 bits; four fit in an instruction on every chip (the
-# compiler's own list of slots, "VALU 4", in its dump of bundles).
+# A vector operation does 1024 lanes of 32 bits; so many fit in an instruction (the compiler's own
+# list of slots, "VALU" and "XLU", in its dump of bundles).
 _LANES = 1024
-_VALU_SLOTS = 4
+_VALU_SLOTS = {"v4": 2, "v5e": 4, "v5p": 4, "v6e": 4, "v7x": 4}
 _XLU_SLOTS = {"v4": 2, "v5e": 3, "v5p": 3, "v6e": 2, "v7x": 2}
 # bfloat16 weights pushed in a cycle; twice as many of 8 bits. A push takes a register of 2048. Up
 # to v5 it keeps its slot for four cycles (v4 has two slots, v5 four: the schedules of every kernel
-# count so); from v6 on two slots, and schedules with pushes back to back are seen.
-_PUSHED = {"v4": 1024, "v5e": 2048, "v5p": 2048, "v6e": 4096, "v7x": 4096}
+# count so). v6e and v7x have two units, and two pushes, one that prepares and one that follows, keep
+# one of them for three cycles: the schedule of a product of bfloat16 that lies in VMEM never has
+# more than four in three instructions (tests/pallas_kernels/tpu/test_aot.py compiles it).
+_PUSHED = {"v4": 1024, "v5e": 2048, "v5p": 2048, "v6e": 8192 / 3, "v7x": 8192 / 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,8 @@ def floor(problem: MatmulProblem, operand: str, chip: Chip) -> Floor:
         "matrix": rows * weights / (chip.macs_per_cycle * fast),
         "push": weights / (_PUSHED[chip.name] * 2 / size),
         "vector": max(
-            valu / (_LANES * _VALU_SLOTS), weights * way.xlu / (_LANES * _XLU_SLOTS[chip.name])
+            valu / (_LANES * _VALU_SLOTS[chip.name]),
+            weights * way.xlu / (_LANES * _XLU_SLOTS[chip.name]),
         ),
     }
     times = {name: c / chip.cores / chip.clock * 1e6 for name, c in cycles.items()}

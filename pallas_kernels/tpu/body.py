@@ -121,6 +121,8 @@ def _strips(config: MatmulConfig, cut: Chunks) -> list[int]:
     if config.scale != "after":
         return [0]
     width = max(2 * LANES, _SUMS_IN_REGISTERS // (config.bm * cut.stack) // LANES * LANES)
+    if cut.per_read > 1:  # what is read at once fills registers, too
+        width = 2 * LANES
     starts = list(range(0, config.bn, width))
     if len(starts) > 1 and config.bn - starts[-1] <= LANES:
         starts.pop()
@@ -260,19 +262,21 @@ def _x_chunk(refs: Refs, config: MatmulConfig, cut: Chunks, chunk: int) -> jax.A
 def _operand(
     refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, chunk: int
 ) -> jax.Array:
-    """The codes of one chunk as an operand: [size, bn], in the order of the reading."""
+    """The codes of one chunk as an operand: [size, bn], in the order of the reading.
+
+    Where several chunks are read at once, of so many: [per_read * size, bn].
+    """
     if problem.codes == "int3":
         rows = 3 * config.bk // 32
         strip = refs["words"].at[: config.bn // LANES * rows, :]
-        w = reading.operand_from_triples(strip, config.reading, rows, chunk)
-        return w.astype(config.operand)
+        return reading.operand_from_triples(strip, config.reading, config.operand, rows, chunk)
     start, size = chunk * cut.size, cut.size
     if config.reading in SHUFFLED:
         per_row = 4 if problem.codes == "int2" else 1
         block = refs["codes"][start // per_row : (start + size) // per_row, :]
         if config.reading in ("bits", "nibbles"):
-            w = reading.operand_from_words(problem.codes, config.reading, block)
-            return w.astype(config.operand)
+            kind = problem.codes, config.reading, config.operand
+            return reading.operand_from_words(*kind, block)
         words, units = pltpu.bitcast(block, jnp.uint32), size // UNITS[problem.codes]
         if config.reading == "table":
             return lookup.values_from_words(words, units, refs["table"])
@@ -309,7 +313,10 @@ def _after(
         for i in range(c, c + cut.per_group):
             if i in part_of:
                 await_part(part_of[i])
-            more = dot(_x_chunk(refs, config, cut, i), _operand(refs, problem, config, cut, i))
+            if i % cut.per_read == 0:
+                read = _operand(refs, problem, config, cut, i // cut.per_read)
+            at = i % cut.per_read * cut.size
+            more = dot(_x_chunk(refs, config, cut, i), read[at : at + cut.size])
             part = more if part is None else part + more
             rows = slice(i * cut.stack * bm, (i + 1) * cut.stack * bm)
             for name in corrections:

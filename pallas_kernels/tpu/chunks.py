@@ -24,6 +24,7 @@ class Chunks:
       stack: groups within a chunk, each with a copy of x ("after" only; else 1).
       per_group: chunks a group (1 if a chunk holds whole groups).
       groups: groups a block, 1 if a group is longer than a block.
+      per_read: chunks whose codes are read together ("after" only; else 1).
     """
 
     size: int
@@ -31,6 +32,7 @@ class Chunks:
     stack: int
     per_group: int
     groups: int
+    per_read: int = 1
 
     @classmethod
     def make(cls, problem: MatmulProblem, config: MatmulConfig) -> Chunks:
@@ -39,14 +41,16 @@ class Chunks:
         Raises:
           ValueError: the block cannot be cut so; the message says which sizes do not divide.
         """
-        bk, group = config.bk, problem.group
+        bk, group, per_read = config.bk, problem.group, 1
         if config.reading in SHUFFLED:
             size = max(LANES, UNITS[problem.codes])
+            if config.scale == "after" and config.reading == "nibbles":
+                per_read, size = size // LANES, LANES  # a register's halves can be told apart
         elif config.scale == "after":
             size = min(group, bk) if group >= LANES or LANES % group or bk % LANES else LANES
         else:
             size = bk
-        if bk % size or problem.k % bk:
+        if bk % (size * per_read) or problem.k % bk:
             raise ValueError(
                 f"k = {problem.k}, blocks of {bk} and chunks of {size} contracted values: each must"
                 " divide the one before"
@@ -56,4 +60,5 @@ class Chunks:
         if config.scale == "after" and max(size, group) % min(size, group):
             raise ValueError(f"chunks of {size} and groups of {group}: one must divide the other")
         stack = max(1, size // group) if config.scale == "after" else 1
-        return cls(size, bk // size, stack, max(1, min(group, bk) // size), max(1, bk // group))
+        per_group = max(1, min(group, bk) // size)
+        return cls(size, bk // size, stack, per_group, max(1, bk // group), per_read)

@@ -91,6 +91,8 @@ def source_row(codes: str, reading: str, position: Any) -> Any:
     if codes != "int3":
         code = (2 * slot + plane) if reading == "nibbles" else plane + unit // 16 * slot
     elif reading == "nibbles":
+        # Of each register 32 rows belong to the first 128 stored ones: they come first.
+        plane, word = p // 32 % 4, p // 128 * 4 + p // 8 % 4
         third = slot % 3
         code = xp.where(plane < 3, 11 * plane + third + third // 2, 11 * third + 2) + slot // 3 * 4
     else:
@@ -98,16 +100,14 @@ def source_row(codes: str, reading: str, position: Any) -> Any:
     return start + unit // _ROWS * word + code
 
 
-def operand_from_words(codes: str, reading: str, block: jax.Array) -> jax.Array:
+def operand_from_words(codes: str, reading: str, operand: str, block: jax.Array) -> jax.Array:
     """The operand [rows, bn] of a block of int4 or int2 codes, in the order of `source_row`.
 
     Args:
       codes: "int4" or "int2".
       reading: "bits", or for int2 "nibbles".
+      operand: its dtype name; "bits" makes bfloat16.
       block: as stored; whole units.
-
-    Returns:
-      bfloat16 of "bits", int4 of "nibbles".
     """
     words = pltpu.bitcast(block, jnp.uint32)
     parts: list[jax.Array] = []
@@ -115,29 +115,34 @@ def operand_from_words(codes: str, reading: str, block: jax.Array) -> jax.Array:
         word = words[first : first + _ROWS, :]
         if reading == "nibbles":
             # Two's complement of 2 (2 u - 3): u's bits above, the upper one flipped, and 10.
-            parts += [_as_int4(shifted(word, up) & _each(0xC), 0xA) for up in (2, 0)]
+            both = [shifted(word, up) & _each(0xC) for up in (2, 0)]
+            parts += [_nibbles(part, 0xA, operand) for part in both]
         else:
             parts += _planes(word, codes)
     return jnp.concatenate(parts, axis=0)
 
 
-def operand_from_triples(words_ref: Any, reading: str, rows: int, unit: int) -> jax.Array:
+def operand_from_triples(
+    words_ref: Any, reading: str, operand: str, rows: int, unit: int
+) -> jax.Array:
     """The operand [256, bn] of one unit of int3 codes, in the order of `source_row`.
 
     Args:
       words_ref: uint32 reference [bn / 128 * rows, 128], one 128 columns after the other: three
         words are 32 codes of a column. (Strided loads take references of 128 lanes only.)
       reading: "bits" or "nibbles".
+      operand: its dtype name; "bits" makes bfloat16.
       rows: words a column.
       unit: which unit, a static number.
-
-    Returns:
-      bfloat16 of "bits", int4 of "nibbles".
     """
     columns = []
     for start in range(3 * _ROWS * unit, words_ref.shape[0], rows):
         a, b, c = (words_ref[pl.ds(start + i, _ROWS, stride=3), :] for i in range(3))
-        parts = _nibbles_of_triple(a, b, c) if reading == "nibbles" else _pairs_of_triple(a, b, c)
+        if reading == "nibbles":
+            registers = [_nibbles(part, 8, operand) for part in _nibbles_of_triple(a, b, c)]
+            parts = [part[half : half + 32] for half in (0, 32) for part in registers]
+        else:
+            parts = _pairs_of_triple(a, b, c)
         columns.append(jnp.concatenate(parts, axis=0))
     return jnp.concatenate(columns, axis=1)
 
@@ -157,10 +162,10 @@ def _pairs_of_triple(a: jax.Array, b: jax.Array, c: jax.Array) -> list[jax.Array
 
 
 def _nibbles_of_triple(a: jax.Array, b: jax.Array, c: jax.Array) -> list[jax.Array]:
-    """Four registers of int4, 2 (u - 4), of 96-bit numbers (c, b, a).
+    """Four registers of nibbles, 2 u, of 96-bit numbers (c, b, a).
 
-    A code fills bits 1 to 3 of a nibble; with the upper one flipped that is two's complement. Codes
-    that are four apart in a word are twelve bits apart, three nibbles: one mask takes them all.
+    A code fills bits 1 to 3 of a nibble; with the upper one flipped, that is 2 (u - 4). Codes that
+    are four apart in a word are twelve bits apart, three nibbles: one mask takes them all.
     Three such masks fill the nibbles of a register; what is left of each word, the last.
     """
     first, second, third = 0x0E00E00E, 0xE00E00E0, 0x00E00E00
@@ -171,7 +176,7 @@ def _nibbles_of_triple(a: jax.Array, b: jax.Array, c: jax.Array) -> list[jax.Arr
     last = shifted(a, -5) & jnp.uint32(0x0600E00E) | shifted(b, -2) & jnp.uint32(0x200E00E0)
     last = last | shifted(b, 27) & jnp.uint32(1 << 27) | shifted(c, 30)
     parts.append(last | shifted(c, 1) & jnp.uint32(third))
-    return [_as_int4(part, 8) for part in parts]
+    return parts
 
 
 def _planes(word: jax.Array, codes: str, start: int = 0, end: int | None = None) -> list[jax.Array]:
@@ -203,9 +208,9 @@ def _each(nibble: int) -> jax.Array:
     return jnp.uint32(nibble * 0x11111111)
 
 
-def _as_int4(words: jax.Array, flipped: int) -> jax.Array:
-    """Words [8, bn] as int4 [64, bn], these bits of each nibble flipped."""
-    return pltpu.bitcast(words ^ _each(flipped), jnp.int4)
+def _nibbles(words: jax.Array, flipped: int, operand: str) -> jax.Array:
+    """Words [8, bn] of int4, with these bits of each nibble flipped, as operand [64, bn]."""
+    return pltpu.bitcast(words ^ _each(flipped), jnp.int4).astype(operand)
 
 
 def shifted(word: jax.Array, left: int) -> jax.Array:

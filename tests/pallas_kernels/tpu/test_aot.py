@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import pytest
 
+from benchmarks import tpu_floor
 from benchmarks.tpu_aot import Job, available, measure
 from benchmarks.tpu_programs import program, same_work, time_of
 from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem, Unsupported
@@ -94,6 +95,7 @@ def test_every_kernel_compiles(chip):
     jobs.append(Job("product", "benchmarks.tpu_cases:product", {**product, "qtype": "int4"}))
     channel = {**product, "group": 0, "qtype": "int8"}
     jobs.append(Job("channel", "benchmarks.tpu_cases:product", channel))
+    jobs.append(Job("pushes", "benchmarks.tpu_cases:pushes", {"k": 1024, "n": 512}))
     for dtype in ("int8", "int4", "float8_e4m3fn"):
         rows = {"m": 130, "k": 1024, "dtype": dtype, "kernel": True}
         jobs.append(Job(f"prefill {dtype}", "benchmarks.tpu_cases:quantize_in_front", rows))
@@ -115,6 +117,10 @@ def test_every_kernel_compiles(chip):
     assert got["transposed"].kernels == got["prefill transposed"].kernels == 1
     assert got["siblings"].kernels == got["product"].kernels == got["experts"].kernels == 1
     assert got["channel"].kernels == 0
+    # No floor is above what the compiler schedules at best: weights that lie in VMEM.
+    floor = tpu_floor.floor(MatmulProblem(16, 1024, 512, "int8"), "bfloat16", CHIPS[chip])
+    pushes = floor.times["push"] * CHIPS[chip].clock * CHIPS[chip].cores / 1e6
+    assert pushes <= got["pushes"].units["MATPUSH"] * 1.01
 
 
 def test_cycles_are_told_and_grow_with_the_work():

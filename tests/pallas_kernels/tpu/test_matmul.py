@@ -87,6 +87,7 @@ ORDERS = [
     ("int2", 64, 256, "after", "nibbles"),
     ("int2", 32, 256, "before", "nibbles"),
     ("int2", 0, 256, "end", "nibbles"),
+    ("int3", 128, 512, "after", "nibbles"),
     ("int3", 64, 256, "after", "nibbles"),
     ("int3", 128, 512, "before", "nibbles"),
     ("int3", 0, 256, "end", "nibbles"),
