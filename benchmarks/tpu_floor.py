@@ -26,10 +26,10 @@ _VALU_SLOTS = {"v4": 2, "v5e": 4, "v5p": 4, "v6e": 4, "v7x": 4}
 _XLU_SLOTS = {"v4": 2, "v5e": 3, "v5p": 3, "v6e": 2, "v7x": 2}
 # bfloat16 weights pushed in a cycle; twice as many of 8 bits. A push takes a register of 2048. Up
 # to v5 it keeps its slot for four cycles (v4 has two slots, v5 four: the schedules of every kernel
-# count so). v6e and v7x have two units, and two pushes, one that prepares and one that follows, keep
-# one of them for three cycles: the schedule of a product of bfloat16 that lies in VMEM never has
-# more than four in three instructions (tests/pallas_kernels/tpu/test_aot.py compiles it).
-_PUSHED = {"v4": 1024, "v5e": 2048, "v5p": 2048, "v6e": 8192 / 3, "v7x": 8192 / 3}
+# count so). v6e and v7x have two units. On v7x pushes into both, back to back, are seen; on v6e
+# never more than four in three instructions, even of bfloat16 weights that lie in VMEM (two pushes,
+# one of them to prepare, keep a unit for three: tests/pallas_kernels/tpu/test_aot.py).
+_PUSHED = {"v4": 1024, "v5e": 2048, "v5p": 2048, "v6e": 8192 / 3, "v7x": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
