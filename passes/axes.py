@@ -201,6 +201,23 @@ def shard_dim(origin: Origin, dim: int, shards: int) -> Origin:
     return _resize(origin, dim, _range(origin.dims[dim], 0, length), start=0)
 
 
+def unshard_dim(origin: Origin, dim: int, devices: int) -> Origin:
+    """What so many devices have of a dimension, joined: its parts, or copies if it was not split.
+
+    Raises:
+      Unstructured: the dimension joins several parameters.
+    """
+    if origin.starts[dim]:
+        raise Unstructured("a dimension that joins several parameters is gathered over devices")
+    factors = origin.dims[dim]
+    if factors and factors[0].extent % (factors[0].size * devices) == 0:
+        part = dataclasses.replace(factors[0], size=factors[0].size * devices)
+        return _resize(origin, dim, ((part, *factors[1:]), [], []), start=0)
+    copies = _resize(origin, dim, ((*_broadcast(devices), *factors), [], []), start=0)
+    merges = {(-1, f.axis) for f in factors if f.axis is not None}
+    return dataclasses.replace(copies, merges=copies.merges | merges)
+
+
 def _broadcast(n: int) -> tuple[Factor, ...]:
     return () if n == 1 else (Factor(None, 0, n, n),)
 

@@ -219,8 +219,8 @@ def observer(ctx: Context) -> Observer:
 
 
 @register(
-    RULES, *ELEMENT_MOVES, jp.gather_p, jp.concatenate_p, _compat.stack_p, _compat.split_p,
-    _compat.unstack_p, _compat.optimization_barrier_p, jp.mul_p, jp.div_p,
+    RULES, *ELEMENT_MOVES, jp.all_gather_p, jp.gather_p, jp.concatenate_p, _compat.stack_p,
+    _compat.split_p, _compat.unstack_p, _compat.optimization_barrier_p, jp.mul_p, jp.div_p,
 )  # fmt: skip
 def _structural(ctx: Context, ins: list[Any]) -> list[Any]:
     primitive = ctx.eqn.primitive

@@ -84,6 +84,16 @@ def _rev(w: QTensor, *, dimensions: Sequence[int]) -> QTensor:
     return structure.rev(w, dimensions)
 
 
+@_structural(jp.all_gather_p)
+def _all_gather(
+    w: QTensor, *, axis_name: Sequence[str], all_gather_dimension: int, tiled: bool,
+    axis_index_groups: Any, **_: Any,
+) -> QTensor:  # fmt: skip
+    if not tiled or axis_index_groups is not None:
+        raise Unstructured("all_gather with a new axis (tiled=False) or with axis_index_groups")
+    return structure.all_gather(w, axis_name, all_gather_dimension)
+
+
 @_structural(jp.sharding_constraint_p)
 def _sharding_constraint(w: QTensor, *, sharding: Any, **_: Any) -> QTensor:
     return placement.constrain_parts(w, sharding)

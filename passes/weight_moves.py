@@ -64,6 +64,15 @@ def _broadcast(step: Step, ins: Values) -> Values:
     return [value.moved(new, lambda o: axes.broadcast_in_dim(o, value.shape, new, dims))]
 
 
+@register(MOVES, jp.all_gather_p)
+def _all_gather(step: Step, ins: Values) -> Values:
+    value, p = _first(step, ins), step.params
+    if not p["tiled"] or p["axis_index_groups"] is not None:
+        raise Unstructured("is gathered over devices with a new axis or with axis_index_groups")
+    dim, devices = p["all_gather_dimension"], p["axis_size"]
+    return [value.moved(step.out_shape, lambda o: axes.unshard_dim(o, dim, devices))]
+
+
 @register(MOVES, jp.squeeze_p)
 def _squeeze(step: Step, ins: Values) -> Values:
     value = _first(step, ins)

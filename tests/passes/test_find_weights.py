@@ -352,6 +352,33 @@ def test_shards_bound_the_blocks_of_the_axis_they_cut(spec, align):
     assert (use.axes[0].contracted, use.axes[0].align) == (8, align)
 
 
+@pytest.mark.parametrize(("dim", "align"), [(0, 4), (1, 0)])
+def test_gathered_shards_are_the_axis_again(dim, align):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
+    spec = P(*[None] * dim, "d")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, P("d")), out_specs=P("d"))
+    def local(w, x):
+        return x @ lax.all_gather(w, "d", axis=dim, tiled=True)
+
+    use = only(lambda p, x: local(p["w"], x), W, f32(4, 8))
+    contract, free = use.axes
+    assert (contract.contracted, contract.align, free.role) == (8, align, "free")
+
+
+def test_gathered_copies_are_a_weight_repeated():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
+
+    unchecked = functools.partial(jax.shard_map, check_vma=False)
+
+    @functools.partial(unchecked, mesh=mesh, in_specs=(P(), P()), out_specs=P())
+    def local(w, x):
+        return x @ lax.all_gather(w, "d", axis=0, tiled=True)
+
+    use = only(lambda p, x: local(p["w"], x), W, f32(5, 16))
+    assert (use.primitive, blocks(use)) == ("dot_general", [8, 1])
+
+
 def test_resharded_weights_keep_their_way():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):

@@ -9,9 +9,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxquant as jq
 from jaxquant.core import placement
 from jaxquant.core.qtensor import make_qtensor
+from jaxquant.core.quantize_array import quantize_array
 from jaxquant.frontends.function import transform
+from tests.passes.test_survives import equations
 from tests.passes.zoo import quantize_axes
 
 X = jax.random.normal(jax.random.key(1), (8, 32))
@@ -87,6 +90,95 @@ def test_inside_shard_map(split, weight):
     grad = jax.grad(lambda x: jnp.sum(jnp.sin(quantized({"w": q}, x))))(X)
     expected = jax.grad(lambda x: jnp.sum(jnp.sin(x @ q.dequantize())))(X)
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def gathering(mesh, axis, check_vma=True, **options):
+    """x[rows over "d"] times a weight that lies over "d" and is gathered for the product."""
+    w_spec = P(*[None] * axis, "d")
+
+    def local(w, x):
+        return x @ jax.lax.all_gather(w, "d", axis=axis, **{"tiled": True, **options})
+
+    return lambda p, x: jax.shard_map(
+        local, mesh=mesh, in_specs=(w_spec, P("d")), out_specs=P("d"), check_vma=check_vma
+    )(p["w"], x)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_gathered_weight_travels_as_codes(weight, axis, check_vma):
+    """As fully sharded data parallelism gathers it; scales that all devices have stay at home."""
+    mesh, q = mesh_of(AxisType.Auto), WEIGHTS[weight]
+    quantized = transform(gathering(mesh, axis, check_vma), strict=True)
+    np.testing.assert_allclose(
+        jax.jit(quantized)({"w": q}, X), X @ q.dequantize(), rtol=1e-5, atol=1e-5
+    )
+    grad = jax.grad(lambda x: jnp.sum(jnp.sin(quantized({"w": q}, x))))(X)
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(x @ q.dequantize())))(X)
+    np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
+    gathered = {
+        eqn.outvars[0].aval.dtype.name: eqn.outvars[0].aval.shape
+        for eqn in equations(jax.make_jaxpr(quantized)({"w": q}, X).jaxpr)
+        if eqn.primitive.name == "all_gather"
+    }
+    codes = q.codes.dtype.name
+    assert gathered.pop(codes) == (32, 16)
+    at_home = check_vma and axis == 0 and weight == "channel"
+    rows = {"channel": 1, "group": 8, "coarse": 2}[weight]
+    if axis == 0:  # a piece of 8 rows has whole groups of its own
+        rows = {"channel": 4, "group": 8, "coarse": 4}[weight]
+    assert gathered == ({} if at_home else {"float32": (rows, 16)})
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_gathered_weight_with_a_static_input_scale(check_vma):
+    """Calibration reaches it; without types the scale might differ between devices."""
+    gathered = jq.quantize("w8a8_static")(gathering(mesh_of(AxisType.Auto), 0, check_vma))
+    plain = jq.quantize("w8a8_static")(lambda p, x: x @ p["w"])
+    params = jq.ptq(gathered, {"w": W}, calibration=[X])
+    expected = jq.ptq(plain, {"w": W}, calibration=[X])
+    np.testing.assert_array_equal(params["w"].input_scale, expected["w"].input_scale)
+    if check_vma:
+        np.testing.assert_array_equal(gathered(params, X), plain(expected, X))
+    else:
+        (row,) = jq.explain(gathered, params, X).rows
+        assert "check_vma=True" in row.reason
+        floats = X @ params["w"].dequantize()
+        np.testing.assert_allclose(gathered(params, X), floats, rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_weight_travels_packed_but_for_its_packed_axis():
+    mesh = mesh_of(AxisType.Auto)
+    q = quantize_array(W, "int2", (16, 1), packed_axis=0)
+    for axis, sizes in ((0, (32, 16)), (1, q.codes.shape)):
+        quantized = transform(gathering(mesh, axis), strict=True)
+        np.testing.assert_allclose(
+            jax.jit(quantized)({"w": q}, X), X @ q.dequantize(), rtol=1e-5, atol=1e-5
+        )
+        shapes = [
+            eqn.outvars[0].aval.shape
+            for eqn in equations(jax.make_jaxpr(quantized)({"w": q}, X).jaxpr)
+            if eqn.primitive.name == "all_gather"
+        ]
+        assert sizes in shapes
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (lambda mesh: gathering(mesh, 0, tiled=False), "new axis"),
+        (lambda mesh: gathering(mesh, 0, axis_index_groups=[[0, 1], [2, 3]]), "axis_index_groups"),
+    ],
+)
+def test_other_ways_of_gathering_dequantize_and_say_so(fn, reason):
+    mesh, q, events = mesh_of(AxisType.Auto), WEIGHTS["channel"], []
+    f = fn(mesh)
+    x = X[:, :8] if reason == "new axis" else X[:, :16]
+    out = transform(f, on_event=events.append)({"w": q}, x)
+    np.testing.assert_allclose(out, f({"w": q.dequantize()}, x), rtol=1e-5, atol=1e-5)
+    (event,) = (e for e in events if e.action == "dequantized")
+    assert reason in event.reason
 
 
 def test_sharding_constraint_on_a_weight_inside():

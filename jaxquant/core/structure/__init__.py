@@ -17,12 +17,14 @@ from jaxquant.core.structure.basic import (
     transpose,
     unpacked,
 )
+from jaxquant.core.structure.collect import all_gather
 from jaxquant.core.structure.gather import gather
 from jaxquant.core.structure.reshape import reshape
 from jaxquant.core.structure.slicing import concatenate, dynamic_slice, slice
 
 __all__ = [
     "Unstructured",
+    "all_gather",
     "astype",
     "broadcast_in_dim",
     "concatenate",
