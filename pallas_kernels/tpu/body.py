@@ -53,9 +53,7 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
         whole = c.operand.startswith("int") and c.scale == "end"
         shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
     rows = cut.count * cut.stack * c.bm
-    if c.reading in SHUFFLED and c.scale == "before":
-        shapes["laid_out"] = pltpu.VMEM((c.bm, c.bk), jnp.dtype(c.operand))
-    elif c.reading in SHUFFLED or cut.stack > 1:
+    if c.reading in SHUFFLED or cut.stack > 1:
         shapes["laid_out"] = pltpu.VMEM((rows, cut.size), jnp.dtype(c.operand))
     for name in _corrections(problem, c):
         shapes[name] = pltpu.VMEM((c.bm if c.scale == "end" else rows, LANES), jnp.float32)
@@ -204,9 +202,6 @@ def _prepare(
             x, y = y[:, :size].astype(config.operand), y[:, size:]
         for i, c in enumerate(chunks):
             own = slice(i * bm, (i + 1) * bm)
-            if config.scale == "before":  # one dot takes all chunks
-                refs["laid_out"][:, c * size : (c + 1) * size] = x[own]
-                continue
             for g in range(cut.stack):
                 rows = pl.ds((c * cut.stack + g) * bm, bm)
                 if "laid_out" in refs:
@@ -352,8 +347,8 @@ def _rows_of_block(
 def _before(
     refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
 ) -> jax.Array:
-    x = refs["laid_out" if "laid_out" in refs else "x"][...].astype(config.operand)
-    return dot(x, scaled_block(refs, problem, config, cut, step))
+    chunks = [_x_chunk(refs, config, cut, c) for c in range(cut.count)]
+    return dot(jnp.concatenate(chunks, axis=1), scaled_block(refs, problem, config, cut, step))
 
 
 def scaled_block(
@@ -380,8 +375,8 @@ def scaled_block(
             w = w - reading.offsets(problem.codes, *w.shape)
         if zero is not None:
             w = w - _spread(zero, problem, config, cut, c)
-        parts.append((w * _spread(scale, problem, config, cut, c)).astype(config.operand))
-    return jnp.concatenate(parts, axis=0)
+        parts.append(w * _spread(scale, problem, config, cut, c))
+    return jnp.concatenate(parts, axis=0).astype(config.operand)
 
 
 def _stacked(rows: list[jax.Array]) -> jax.Array:

@@ -70,8 +70,8 @@ def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
     blocks += c.bm * c.bn * dtype_bytes(p.out_dtype) * (1 + p.gate + p.residual)
     blocks += 512 * c.bm * p.x_scale
     scratch = 4 * c.bm * c.bn
-    if c.scale == "before":
-        scratch += c.bk * c.bn * 6 + 4 * c.bm * c.bn
-    if c.scale == "after":
+    if c.scale == "before":  # the scaled weight, x in the order of the reading, more sums
+        scratch += 2 * c.bk * (c.bn + c.bm) + 4 * c.bm * c.bn
+    if c.scale == "after" and (p.group < 128 or c.reading not in ("cast", "float4")):
         scratch += c.bm * c.bk * 2 * math.ceil(256 / max(1, min(p.group, 256))) * 3
     return 2 * blocks + scratch

@@ -23,6 +23,7 @@ from jaxquant.pallas_kernels.problem import (
     MatmulProblem,
     RaggedProblem,
     Unsupported,
+    dtype_bytes,
 )
 from jaxquant.pallas_kernels.tpu import table
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
@@ -196,14 +197,20 @@ def _targets(
             deep = 2 * columns * 4096 // problem.k // 256 * 256
             blocks.insert(0, (min(max(deep, 256), 1024), _MOST_DEPTH))
         return tuple((problem.m, *block) for block in blocks)
-    # Whole columns of a block's k where they fit: sums then stay in the matrix units' queue.
+    # Whole columns of k where they fit: sums then stay in the matrix units' queue.
     if chip.vmem_bytes <= 16 * _MIB:
         return (256, 512, 2048), (256, 256, 2048), (256, 256, 512), (64, 128, 256)
     smaller = (512, 512, 4096), (512, 512, 1024), (256, 256, 512), (128, 128, 256)
-    if not chip.has_bf16_vpu:
-        return smaller
-    first = {"end": (1024, 512, 8192), "before": (512, 1024, 8192), "after": (512, 512, 8192)}
-    return first[scale], (512, 512, 8192), *smaller
+    deep = 8192 if dtype_bytes(problem.x_dtype) > 1 else 16384
+    if chip.has_bf16_vpu:
+        large = {"end": (1024, 512, deep), "before": (512, 1024, 8192), "after": (512, 512, 8192)}
+        return large[scale], (512, 512, 8192), *smaller
+    if scale == "end":
+        return (512, 512, deep), *smaller
+    # Where unpacking leaves few registers, 256 rows spill fewer, and their first block is there
+    # sooner; all of k at once, and columns, keep a step of them long.
+    wide = 1024 if scale == "before" and problem.k <= 8192 else 512
+    return (256, wide, 16384), *smaller
 
 
 def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfig | None:
