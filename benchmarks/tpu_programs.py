@@ -36,7 +36,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 BASELINES = ("bf16", "xla int4 g128")
 # Multiply-adds of the largest program that is compiled as it is, in cycles of the matrix units.
-_MOST_CYCLES = 270_000
+_MOST_CYCLES = 1_000_000
 _MOST_ROWS, _FEW_ROWS, _LEAST_ROWS = 1024, 64, 16
 _COLUMNS = 4096
 # XLA keeps int4 in tiles of 64 rows and cuts them into tiles of 8 on the way to VMEM, by a transfer
@@ -114,10 +114,10 @@ def _size(chip: Chip, label: str, m: int, k: int, n: int) -> tuple[int, int]:
     rows, columns = min(m, _MOST_ROWS), n
     if label in FORMATS or (label == "bf16" and m > 1):
         rows = max(rows, _LEAST_ROWS)
-    if label not in FORMATS or m > _FEW_ROWS:
+    if label not in (*FORMATS, "xla int4 g128") and m <= _FEW_ROWS:
         columns = min(columns, _COLUMNS)
     while columns > _COLUMNS // 2 and _cycles(chip, rows, k, columns) > _MOST_CYCLES:
-        columns = min(columns // 2, _COLUMNS)
+        columns //= 2
     return rows, columns
 
 

@@ -59,8 +59,8 @@ def test_programs_stand_for_larger_ones():
     same = program(V5E, "w4a16 g128", 16, 8192, 28672)
     assert few.times == 1 and few.job.name == same.job.name
     many = program(V5E, "w4a16 g128", 4096, 8192, 28672)
-    assert many.times == 4 * 28672 / 2048 and "1024x8192x2048" in many.job.name
-    assert many.config.bn <= 2048 and 2048 % many.config.bn == 0
+    assert many.times == 4 * 28672 / 7168 and "1024x8192x7168" in many.job.name
+    assert many.config.bn <= 7168 and 7168 % many.config.bn == 0
     assert many.problem.m == 4096
 
 
