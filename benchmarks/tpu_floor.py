@@ -17,6 +17,7 @@ import dataclasses
 import math
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.tpu import split
 from jaxquant.pallas_kernels.tpu.chips import Chip
 
 # A vector operation does 1024 lanes of 32 bits; so many fit in an instruction (the compiler's own
@@ -79,6 +80,9 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ("int8", "int8", None): _NONE,
     ("int4", "int8", None): Unpack(
         "a register of int8 from a quarter of int4: one unpacking", 0.25
+    ),
+    ("int4", "float8", True): Unpack(
+        "a register of float8, 4 codes a lane, from half a register: one unpacking", 0.25
     ),
     ("int4", "bfloat16", False): _BITS4,
     ("int4", "bfloat16", True): Unpack(
@@ -144,6 +148,8 @@ def floor(problem: MatmulProblem, operand: str, chip: Chip) -> Floor:
     fast = {"int8": 2, "int4": 4}.get(operand, 1)
     if chip.name == "v7x" and operand.startswith("float8"):
         fast = 2
+        if not p.x_dtype.startswith("float8") and p.x_dtype != "int4":
+            rows *= split.PARTS
     codes = p.codes
     if p.e2m1:
         codes = "float4" if chip.converts_float4 else "e2m1"

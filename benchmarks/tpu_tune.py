@@ -130,7 +130,7 @@ def _orders(
             readings |= dict.fromkeys(("cast", "bits"))
         for reading in readings:
             if (scale, reading) != ("after", "staged"):  # there it is no other than "cast"
-                yield scale, reading, "bfloat16"
+                yield scale, reading, rules.operand if scale == "after" else "bfloat16"
 
 
 def _write(

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
-from jaxquant.pallas_kernels.tpu import lookup, reading
+from jaxquant.pallas_kernels.tpu import lookup, reading, split
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
@@ -52,11 +52,14 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
     if c.bk != problem.k:
         whole = c.operand.startswith("int") and c.scale == "end"
         shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
-    rows = cut.count * cut.stack * c.bm
-    if c.reading in SHUFFLED or cut.stack > 1:
+    rows = cut.count * cut.copies * c.bm
+    if c.reading in SHUFFLED or cut.copies > 1:
         shapes["laid_out"] = pltpu.VMEM((rows, cut.size), jnp.dtype(c.operand))
+    sums = c.bm if c.scale == "end" else cut.count * cut.stack * c.bm
     for name in _corrections(problem, c):
-        shapes[name] = pltpu.VMEM((c.bm if c.scale == "end" else rows, LANES), jnp.float32)
+        shapes[name] = pltpu.VMEM((sums, LANES), jnp.float32)
+    if split.needs_factor(problem, c):
+        shapes["factor"] = pltpu.VMEM((2 * c.bm, LANES), jnp.float32)
     if problem.codes == "int3":
         shapes["words"] = pltpu.VMEM((c.bn // LANES * (3 * c.bk // 32), LANES), jnp.uint32)
     return shapes
@@ -85,8 +88,8 @@ def matmul_body(
 
     Args:
       refs: references by name. Inputs: x [bm, bk], codes, scale [groups, bn]; perhaps zero_point
-        (as scale), table [8, 128], x_scale [bm, 1], bias [1, bn], gate and residual [bm, bn].
-        Output: out [bm, bn]. Scratch: as `scratch_shapes` says.
+        (as scale), table [8, 128], x_scale [bm, 1] or [1, bm], bias [1, bn], gate and residual
+        [bm, bn]. Output: out [bm, bn]. Scratch: as `scratch_shapes` says.
       problem: the whole product.
       config: blocks and order.
       step: index of the block of contracted values.
@@ -118,7 +121,7 @@ def _strips(config: MatmulConfig, cut: Chunks) -> list[int]:
     """
     if config.scale != "after":
         return [0]
-    width = max(2 * LANES, _SUMS_IN_REGISTERS // (config.bm * cut.stack) // LANES * LANES)
+    width = max(2 * LANES, _SUMS_IN_REGISTERS // (config.bm * cut.copies) // LANES * LANES)
     if cut.per_read > 1:  # what is read at once fills registers, too
         width = 2 * LANES
     starts = list(range(0, config.bn, width))
@@ -156,6 +159,8 @@ def _multiply_strip(
         total = _after(refs, problem, config, cut, step, await_part)
     else:
         total = _before(refs, problem, config, cut, step)
+    if "factor" in refs:
+        total = total * widen(refs["factor"][: config.bm, :], config.bn)
     if "acc" not in refs:
         write(refs["out"], finish(total, refs, problem, config))
         return
@@ -177,6 +182,9 @@ def _prepare(
 ) -> None:
     """Fills the scratch `laid_out` and sums: rows of chunk c, group g begin at (c stack + g) bm.
 
+    Where x is cut into parts, those of a chunk follow each other in `laid_out`, each with all
+    groups, and `factor` gets what they must be multiplied by to be x again.
+
     Permuting columns and summing rows are one product on the matrix units, with a permutation
     beside columns of what is summed; the matrix units are idle while codes are being unpacked.
     """
@@ -188,30 +196,41 @@ def _prepare(
         if name == "offsets":
             summed = reading.stored_offsets(problem.codes, size, LANES)
         sides += [_rows_of_group(summed, cut, g) for g in range(cut.stack)]
-    side = jnp.concatenate(sides, axis=1).astype(config.operand) if sides else None
+    whole = "bfloat16" if cut.parts > 1 else config.operand
+    side = jnp.concatenate(sides, axis=1).astype(whole) if sides else None
     width = size if side is None else side.shape[1]
     batch = max(1, _LAID_OUT_TOGETHER // width // bm)
+    up = None
+    if "factor" in refs:
+        refs["factor"][:bm, :], refs["factor"][bm:, :] = split.factors(refs["x"][...])
+        up = refs["factor"][bm:, :]
     totals: dict[str, jax.Array] = {}
     for first in range(0, cut.count, batch):
         chunks = range(first, min(first + batch, cut.count))
-        parts = [refs["x"][:, c * size : (c + 1) * size].astype(config.operand) for c in chunks]
+        parts = [refs["x"][:, c * size : (c + 1) * size].astype(whole) for c in chunks]
         x = y = jnp.concatenate(parts, axis=0)
         if side is not None:
             y = dot(x, side).astype(jnp.float32)
         if shuffled:
-            x, y = y[:, :size].astype(config.operand), y[:, size:]
+            x, y = y[:, :size].astype(whole), y[:, size:]
         for i, c in enumerate(chunks):
             own = slice(i * bm, (i + 1) * bm)
+            if cut.parts > 1:
+                copies = [_group_only(x[own], g, problem, config, cut) for g in range(cut.stack)]
+                rows = pl.ds(c * cut.copies * bm, cut.copies * bm)
+                if up is not None:
+                    copies = [copy * widen(up, size).astype(whole) for copy in copies]
+                refs["laid_out"][rows, :] = split.separated(copies, config.operand)
             for g in range(cut.stack):
                 rows = pl.ds((c * cut.stack + g) * bm, bm)
-                if "laid_out" in refs:
+                if "laid_out" in refs and cut.parts == 1:
                     refs["laid_out"][rows, :] = _group_only(x[own], g, problem, config, cut)
                 for at, name in enumerate(corrections):
                     first_lane = (at * cut.stack + g) * LANES
                     sums = y[own, first_lane : first_lane + LANES]
                     if config.scale == "after":
-                        refs[name][rows, :] = sums
-                    else:
+                        refs[name][rows, :] = sums if up is None else sums * up
+                    else:  # added up, and subtracted from totals that are as x is again
                         totals[name] = totals[name] + sums if name in totals else sums
     for name, total in totals.items():
         _add(refs[name], total, step)
@@ -247,8 +266,8 @@ def _add(ref: Any, value: jax.Array, step: Any) -> None:
 
 
 def _x_chunk(refs: Refs, config: MatmulConfig, cut: Chunks, chunk: int) -> jax.Array:
-    """X of one chunk, laid out: [stack * bm, size]."""
-    rows = cut.stack * config.bm
+    """X of one chunk, laid out: [parts * stack * bm, size]."""
+    rows = cut.copies * config.bm
     if "laid_out" in refs:
         return refs["laid_out"][chunk * rows : (chunk + 1) * rows, :]
     return refs["x"][:, chunk * cut.size : (chunk + 1) * cut.size].astype(config.operand)
@@ -288,7 +307,7 @@ def _end(refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks) 
         part = dot(_x_chunk(refs, config, cut, c), _operand(refs, problem, config, cut, c))
         total = part if total is None else total + part
     assert total is not None
-    return total
+    return split.joined(total, cut.parts)
 
 
 def _after(
@@ -318,6 +337,7 @@ def _after(
                 more = refs[name][rows, :]
                 sums[name] = sums[name] + more if name in sums else more
         assert part is not None
+        part = split.joined(part, cut.parts)
         for g in range(cut.stack):
             row = pl.ds(first + c // cut.per_group * cut.stack + g, 1)
             own = part[g * bm : (g + 1) * bm, :].astype(jnp.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.tpu import split
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.reading import LANES, SHUFFLED, UNITS
 
@@ -25,6 +26,7 @@ class Chunks:
       per_group: chunks a group (1 if a chunk holds whole groups).
       groups: groups a block, 1 if a group is longer than a block.
       per_read: chunks whose codes are read together ("after" only; else 1).
+      parts: numbers that each of x is cut into (`tpu.split`), each with rows of its own.
     """
 
     size: int
@@ -33,6 +35,12 @@ class Chunks:
     per_group: int
     groups: int
     per_read: int = 1
+    parts: int = 1
+
+    @property
+    def copies(self) -> int:
+        """Rows of a chunk over those of x."""
+        return self.stack * self.parts
 
     @classmethod
     def make(cls, problem: MatmulProblem, config: MatmulConfig) -> Chunks:
@@ -60,5 +68,6 @@ class Chunks:
         if config.scale == "after" and max(size, group) % min(size, group):
             raise ValueError(f"chunks of {size} and groups of {group}: one must divide the other")
         stack = max(1, size // group) if config.scale == "after" else 1
-        per_group = max(1, min(group, bk) // size)
-        return cls(size, bk // size, stack, per_group, max(1, bk // group), per_read)
+        per_group, groups = max(1, min(group, bk) // size), max(1, bk // group)
+        parts = split.parts(problem, config)
+        return cls(size, bk // size, stack, per_group, groups, per_read, parts)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
@@ -44,7 +45,7 @@ def finish(
             out = out - widen(refs["sums"][...], config.bn) * zero_rows(refs, problem, config, row)
         out = out * scale_rows(refs, problem, config, row)
     if problem.x_scale:
-        out = out * refs["x_scale"][...]
+        out = out * _row_scales(refs["x_scale"], config.bm)
     if problem.bias:
         out = out + refs["bias"][...].astype(jnp.float32)
     if problem.gate:
@@ -53,6 +54,16 @@ def finish(
     if problem.residual:
         out = out + refs["residual"][...].astype(jnp.float32)
     return out.astype(problem.out_dtype)
+
+
+def _row_scales(ref: Any, rows: int) -> jax.Array:
+    """Scales of x's rows as a column [rows, 1], which may lie in a row [1, rows]."""
+    scales = ref[...]
+    if scales.shape[0] == rows:
+        return scales
+    places = [lax.broadcasted_iota(jnp.int32, (rows, rows), axis) for axis in range(2)]
+    own = jnp.where(places[0] == places[1], jnp.broadcast_to(scales, (rows, rows)), 0.0)
+    return jnp.sum(own, axis=1, keepdims=True)
 
 
 def scale_rows(

@@ -38,6 +38,8 @@ DECODE_ROWS = 64
 # up to so many copies of rows where several groups share a chunk (a copy for each).
 AFTER_ROWS = 128
 _AFTER_COPIES = 64
+# x is cut into two parts (`tpu.split`) up to so many copies of rows: each needs sums of its own.
+_SPLIT_ROWS = 32
 # Tiles of rows grouped by expert: at most so many; and the rows of v5e whose product takes as long
 # as unpacking a weight and pushing it into the matrix units.
 _MOST_TILE_ROWS = 512
@@ -74,7 +76,7 @@ def by_rules(problem: MatmulProblem, chip: Chip) -> MatmulConfig:
     """The config that the rules give, whatever the table says; as `choose_config`."""
     operand = _operand(problem, chip)
     scale = _scale_time(problem, chip, operand)
-    if scale == "before" and operand.startswith("int"):
+    if scale == "before":
         operand = "bfloat16"
     reading = _reading(problem, chip, operand, scale)
     for bm, bn, bk in _targets(problem, chip, scale):
@@ -142,6 +144,10 @@ def _operand(problem: MatmulProblem, chip: Chip) -> str:
     floats = problem.x_dtype.startswith("float8") and problem.codes == problem.x_dtype
     if floats and "float8" in chip.mxu_dtypes:
         return problem.x_dtype
+    copies = max(1, LANES // problem.group)
+    few = _up(problem.m, 16) * copies <= _SPLIT_ROWS
+    if problem.codes == "int4" and few and chip.int4_to_float8:
+        return "float8_e4m3fn"
     return "bfloat16"
 
 

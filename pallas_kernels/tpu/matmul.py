@@ -154,11 +154,22 @@ def kernel_operands(
     arrays["table"] = _table_operand(table, problem, config)
     _check(arrays, problem, (experts,) if experts else ())
     more = max(0, config.bm - problem.m)  # a block may have more rows than there are
-    return {
+    operands = {
         name: jnp.pad(arrays[name], ((0, more), (0, 0))) if name in _OVER_ROWS else arrays[name]
         for name in _ORDER
         if arrays.get(name) is not None
     }
+    if problem.x_scale and _lies(problem, config):
+        operands["x_scale"] = operands["x_scale"].reshape(1, config.bm)
+    return operands
+
+
+def _lies(problem: MatmulProblem, config: MatmulConfig) -> bool:
+    """Whether the rows' scales are passed as a row, in which arrays of one column lie in memory.
+
+    The kernel would have them copied to a column otherwise, by an operation of its own.
+    """
+    return problem.m <= config.bm <= LANES
 
 
 def block_specs(
@@ -192,13 +203,16 @@ def block_specs(
 
     scales = of_weight(problem.groups, lambda *g: 0)
     result = pl.BlockSpec((c.bm, c.bn), lambda *g: (rows(*g), columns(*g)))
+    row_scales = pl.BlockSpec((c.bm, 1), lambda *g: (rows(*g), 0))
+    if _lies(problem, c):
+        row_scales = pl.BlockSpec((1, c.bm), lambda *g: (0, 0))
     return {
         "x": pl.BlockSpec((c.bm, c.bk), lambda *g: (rows(*g), depth(*g))),
         "codes": of_weight(code_rows, depth),
         "scale": scales,
         "zero_point": scales,
         "table": pl.BlockSpec((TABLE_ROWS, LANES), lambda *g: (0, 0)),
-        "x_scale": pl.BlockSpec((c.bm, 1), lambda *g: (rows(*g), 0)),
+        "x_scale": row_scales,
         "bias": pl.BlockSpec((1, c.bn), lambda *g: (0, columns(*g))),
         "gate": result,
         "residual": result,

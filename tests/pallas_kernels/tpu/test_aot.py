@@ -13,6 +13,7 @@ from benchmarks import tpu_floor
 from benchmarks.tpu_aot import Job, available, measure
 from benchmarks.tpu_programs import program, same_work, time_of
 from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem, Unsupported
+from jaxquant.pallas_kernels.tpu import split
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config, choose_ragged_config
 
@@ -110,9 +111,15 @@ def test_every_kernel_compiles(chip):
         assert 0 < static.vmem <= config.vmem_limit_bytes <= CHIPS[chip].vmem_bytes, name
         assert static.bundles > 0 and sum(static.units.values()) > 0, name
     # Few rows: what is live fits the registers. v4's schedules spill on their own, and those of
-    # the compilers before jax 0.12 a little.
+    # the compilers before jax 0.12 a little. int4 as float8 is converted ahead of its pushes into
+    # the matrix units, more of it than registers hold (docs/tpu.md).
     most = 64 if jax.__version_info__ >= (0, 12) else 512
-    spills = {n: s.spills for n, s in got.items() if "prefill" not in n and s.spills > most}
+    ahead = [n for n, c in configs.items() if problems.get(n) and split.parts(problems[n], c) > 1]
+    spills = {
+        n: s.spills
+        for n, s in got.items()
+        if "prefill" not in n and s.spills > (1536 if n in ahead else most)
+    }
     assert chip == "v4" or spills == {}
     assert got["transposed"].kernels == got["prefill transposed"].kernels == 1
     assert got["siblings"].kernels == got["product"].kernels == got["experts"].kernels == 1

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.tpu import split
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
@@ -149,15 +151,64 @@ def test_int4_times_int4(chip):
     CPUs have no dot of int4; there the same kernel multiplies int8. The dot itself is compiled in
     test_aot.
     """
-    operands = {"v4": "bfloat16", "v5e": "int4", "v6e": "int4", "v7x": "bfloat16"}
+    operands = {"v4": "bfloat16", "v5e": "int4", "v6e": "int4", "v7x": "float8_e4m3fn"}
     for m, group in ((20, 128), (200, 0)):
         problem = MatmulProblem(
             m, 512, 256, "int4", "int4", group, x_scale=True, out_dtype="float32"
         )
         config = choose_config(problem, CHIPS[chip])
-        assert config.operand == operands[chip]
+        few = m == 20 or chip != "v7x"  # the others as on v4
+        assert config.operand == (operands[chip] if few else "bfloat16")
         on_cpu = "int8" if config.operand == "int4" else config.operand
         check(problem, dataclasses.replace(config, operand=on_cpu))
+
+
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("codes", "group", "scale"), [("int4", 128, "after"), ("int4", 32, "after"), ("int4", 0, "end")]
+)
+def test_x_in_two_parts(codes, group, scale, x_dtype):
+    """Float8 operands, and rows of all magnitudes: errors are those of float32 sums."""
+    for zero_point in (False, True):
+        problem = MatmulProblem(
+            6, 512, 256, codes, x_dtype, group, zero_point, x_dtype == "int8", out_dtype="float32"
+        )
+        case = cases.make(problem)
+        if x_dtype == "bfloat16":
+            sizes = 2.0 ** np.array([-90, -30, 0, 7, 60, 0])[:, None]
+            sizes[-1] = 0
+            x = jnp.asarray(np.asarray(case.arrays["x"], np.float32) * sizes, jnp.bfloat16)
+            want = np.asarray(x, np.float64) @ case.weight
+            reach = np.abs(np.asarray(x, np.float64)) @ np.abs(case.weight)
+            case = case._replace(arrays=case.arrays | {"x": x}, want=want, scale_of_errors=reach)
+        config = MatmulConfig(
+            bk=256, scale=scale, reading="cast", operand="float8_e4m3fn", **BLOCKS
+        )
+        got = np.asarray(cases.run(problem, config, case), np.float64)
+        assert (np.abs(got - case.want) <= 1e-5 * case.scale_of_errors).all()
+
+
+def test_parts_are_exact():
+    """Eight significant bits are two times four, down to 2^-13 of the largest of a row."""
+    rng = np.random.default_rng(0)
+    magnitudes = rng.uniform(1, 2, (16, 256)) * 2.0 ** rng.integers(-20, -7, (16, 256))
+    x = jnp.asarray(magnitudes * rng.choice([-1, 1], magnitudes.shape), jnp.bfloat16)
+
+    def kernel(x_ref, down_ref, up_ref, parts_ref):
+        down_ref[...], up_ref[...] = split.factors(x_ref[...])
+        scaled = x_ref[...] * up_ref[:, :1].astype(jnp.bfloat16)
+        parts_ref[...] = split.separated([scaled], "float8_e4m3fn")
+
+    wide = jax.ShapeDtypeStruct((16, 128), jnp.float32)
+    shapes = (wide, wide, jax.ShapeDtypeStruct((32, 256), jnp.float8_e4m3fn))
+    call = pl.pallas_call(kernel, out_shape=shapes, interpret=True)
+    down, up, parts = (np.asarray(a, np.float64) for a in call(x))
+    assert (down * up == 1).all() and (np.log2(up) % 1 == 0).all()
+    largest = np.abs(np.asarray(x, np.float64)).max(1) * up[:, 0]
+    assert (largest >= 128).all() and (largest < 256).all()
+    joined = np.asarray(split.joined(jnp.asarray(parts), 2), np.float64) * down[:, :1]
+    np.testing.assert_array_equal(joined, np.asarray(x, np.float64))
+    assert np.isnan(np.asarray(call(x.at[3, 5].set(jnp.inf))[0])[3]).all()
 
 
 @pytest.mark.parametrize("reading", ["cast", "bits"])
