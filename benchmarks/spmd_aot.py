@@ -191,6 +191,8 @@ def jobs_for(topology: str) -> list[Job]:
     for backward in (False, True):
         name = f"64 experts, {'backward' if backward else 'forward'}"
         jobs.append(Job(name, {**size, "backward": backward}, "benchmarks.spmd_cases:experts"))
+    size = {"m": 2048, "k": 4096, "n": 8192, "model": model}
+    jobs.append(Job("gathered in shard_map", size, "benchmarks.spmd_cases:gathered"))
     for backward in (False, True):
         name = f"decoder, {'gradient' if backward else 'forward'}"
         jobs.append(

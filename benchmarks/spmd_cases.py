@@ -128,6 +128,21 @@ def experts(
     return jax.grad(summed), (x, w, sizes)
 
 
+def gathered(
+    devices: Any, m: int, k: int, n: int, qtype: str = "int4", group: int = 128, model: int = 2
+) -> tuple[Any, Any]:
+    """Fully sharded data parallelism in the user's own shard_map: rows of w over "data"."""
+    mesh = mesh_of(devices, model, "auto")
+    w = weight(mesh, (k, n), P("data", None), qtype, (group, 1))
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16, sharding=NamedSharding(mesh, P("data", None)))
+
+    def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        return x @ jax.lax.all_gather(w, "data", axis=0, tiled=True)
+
+    fn = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
+    return jq.transform(lambda w, x: fn(x, w)), (w, x)
+
+
 def decoder(
     devices: Any, recipe: str = "w4a16_g64", model: int = 2, batch: int = 64, backward: bool = False
 ) -> tuple[Any, Any]:

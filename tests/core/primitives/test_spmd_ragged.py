@@ -11,11 +11,13 @@ from jax.sharding import PartitionSpec as P
 from jaxquant.core.primitives import quantized_ragged_dot
 from jaxquant.core.quantize_array import quantize_array
 from jaxquant.core.schemes import ActScheme
+from jaxquant.frontends.function import transform
 from jaxquant.pallas_kernels import dispatch, ragged_dispatch
 from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.as_matrix import Kernel
 from tests.core.primitives.spmd_world import (
     AUTO,
+    EXPLICIT,
     close,
     collectives,
     kernels_on_cpu,
@@ -133,3 +135,18 @@ def test_xlas_operations_are_wrapped_too(problems, monkeypatch):
             text = fn.lower(x, placed, sizes).compile().as_text()
             assert "all-gather" not in text
     assert problems == []
+
+
+@pytest.mark.parametrize("out", [P(None, None), P("data", None), P(None, "model")], ids=str)
+@pytest.mark.parametrize("how", ["experts", "columns", "contracted"])
+def test_an_explicit_mesh(problems, how, out):
+    """The types of the arrays are the record; JAX asks for the sharding of the result."""
+    spec, _, _ = SPLITS[how]
+    mesh, w = mesh_of(EXPLICIT), quantize_array(W, "int4", (1, 8, 1))
+    fn = transform(lambda p, x, sizes: jax.lax.ragged_dot(x, p["w"], sizes, out_sharding=out))
+    with jax.set_mesh(mesh):
+        x, placed = place(X, mesh, P("data", None)), place_weight(w, mesh, spec)
+        got = jax.jit(fn)({"w": placed}, x, jnp.array(SIZES[0]))
+    assert got.sharding.spec == out
+    close(got, exact(X, w, SIZES[0]))
+    assert problems

@@ -95,3 +95,12 @@ def test_experts():
     assert forward.kernels == 1
     assert forward.collectives == [["all-reduce", 256 // 4 * 256 * 2]]
     assert back.collectives == [["all-reduce", 256 // 4 * 512 * 2]]
+
+
+def test_a_weight_gathered_in_shard_map():
+    """Its codes travel at their four bits, its scales beside them, and meet in a kernel."""
+    size = {"m": 256, "k": 2048, "n": 1024}
+    (program,) = compiled([Job("", size, "benchmarks.spmd_cases:gathered")], "v5e:4x4").values()
+    assert program.kernels == 1
+    assert {kind for kind, _ in program.collectives} == {"all-gather"}
+    assert sum(n for _, n in program.collectives) == 2048 * 1024 // 2 + 2048 // 128 * 1024 * 4
