@@ -3,8 +3,9 @@
 Called by `benchmarks.tpu_static`. Our kernels of up to 64 rows are compiled at the product's own
 size. The estimator needs gigabytes and minutes for the largest products, and both grow with the
 cycles it counts; so for more rows, and for others' programs, one of fewer columns or rows, of whole
-blocks, stands for the product, its time is multiplied, and the row says so. Up to 16 rows, our
-kernels are one program, since blocks have 16 rows; so is bfloat16 (bytes bound it) from 2 to 16.
+blocks, stands for the product, its time but for the first blocks' coming is multiplied, and the row
+says so. Up to 16 rows, our kernels are one program, since blocks have 16 rows; so is bfloat16
+(bytes bound it) from 2 to 16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from benchmarks import tpu_floor, tpu_peers
 from benchmarks.tpu_aot import Job, Static
-from jaxquant.pallas_kernels.problem import MatmulProblem
+from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem, dtype_bytes
 from jaxquant.pallas_kernels.tpu.chips import Chip
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
@@ -178,7 +179,8 @@ def time_of(chip: Chip, item: Program, static: Static, like: Static | None = Non
     if item.label.startswith("tokamax"):
         return Time(_pipeline(chip, item, static, memory), unit, at_least=True)
     if static.cycles is not None:
-        compute = static.cycles * item.times / chip.clock * 1e6
+        first = _first_blocks(chip, item, static)
+        compute = first + (static.cycles / chip.clock * 1e6 - first) * item.times
         unwaited = None
         if item.config is not None:
             if static.source != "estimate" and chip.name != "v4":  # the estimator aborted
@@ -201,13 +203,29 @@ def time_of(chip: Chip, item: Program, static: Static, like: Static | None = Non
     return Time(least, bound, at_least=True, model=model or None, in_turn=least)
 
 
+def _first_blocks(chip: Chip, item: Program, static: Static) -> float:
+    """Microseconds in which the first blocks come: nothing hides them, and they come once.
+
+    Of programs that are not ours: a step's share of what each operation reads and writes.
+    """
+    p, c = item.problem, item.config
+    if c is None:
+        moves = [op for op in static.sequence if op["bundles"]]
+        first = sum(op["bytes"] / op["steps"] for op in moves)
+    else:
+        first = c.bm * c.bk * dtype_bytes(p.x_dtype) + c.bk * c.bn * STORAGE[p.codes][1] / 8
+        first += 4 * p.groups * c.bn
+    return first / (chip.hbm_bandwidth * chip.cores) * 1e6
+
+
 def _in_turn(chip: Chip, item: Program, static: Static) -> float:
     """Microseconds of operations that follow each other, each by its estimate and its bytes.
 
-    Of a program of fewer columns, what is copied of x is so once for all columns.
+    Of a program of fewer columns, what is copied of x is so once for all columns; the first blocks
+    of the others come once.
     """
     bandwidth, given = chip.hbm_bandwidth * chip.cores, item.job.arguments
-    total = 0.0
+    total = -(item.times - 1) * _first_blocks(chip, item, static)
     for op in static.sequence:
         time = max(static.operations.get(op["name"], 0) / chip.clock, op["bytes"] / bandwidth)
         copy = not op["bundles"] and op["bytes"] == 2 * given["m"] * given["k"]

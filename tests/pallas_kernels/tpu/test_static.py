@@ -128,6 +128,22 @@ def test_an_estimate_of_the_same_work_stands_for_one_that_is_refused():
         assert time_of(V5E, item, static, other) == time_of(V5E, item, static)
 
 
+def test_first_blocks_come_once():
+    """A program of a quarter of the columns: what is multiplied is not the first blocks."""
+    ours = program(V5E, "w4a16 g128", 1024, 8192, 28672)
+    c, cycles = ours.config, 10**6
+    assert ours.times == 4
+    block = 2 * c.bm * c.bk + c.bk * c.bn // 2 + 4 * 64 * c.bn
+    first, whole = block / V5E.hbm_bandwidth * 1e6, cycles / V5E.clock * 1e6
+    time = time_of(V5E, ours, Static("", "v5e", cycles=cycles)).microseconds
+    assert time == pytest.approx(4 * whole - 3 * first)
+    theirs = program(V5E, "xla int4 g128", 1024, 8192, 28672)
+    op = {"name": "dot", "bundles": 9, "steps": 10, "bytes": 8_190_000, "cycles": 0}
+    static = Static("", "v5e", cycles=cycles, operations={"dot": cycles}, sequence=[op])
+    time = time_of(V5E, theirs, static)
+    assert time.microseconds == time.in_turn == pytest.approx(4 * whole - 3 * 1.0)
+
+
 def test_what_bounds_our_time():
     item = program(V5E, "w4a16 g128", 16, 4096, 4096)
     units = {"VALU": 90.0, "MATMUL": 10.0}
