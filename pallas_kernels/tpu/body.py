@@ -288,7 +288,7 @@ def _operand(
     if config.reading in SHUFFLED:
         per_row = 4 if problem.codes == "int2" else 1
         block = refs["codes"][start // per_row : (start + size) // per_row, :]
-        if config.reading in ("bits", "nibbles"):
+        if config.reading in ("bits", "nibbles", "bytes"):
             kind = problem.codes, config.reading, config.operand
             return reading.operand_from_words(*kind, block)
         words, units = pltpu.bitcast(block, jnp.uint32), size // UNITS[problem.codes]

@@ -18,9 +18,9 @@ ScaleTime = Literal["end", "after", "before"]
 # How codes become operands: "cast", XLA's conversion; "staged", the same, but where the weight is
 # scaled in float32 its codes go there by way of bfloat16, which holds them exactly; "bits", shifted
 # into the mantissa of bfloat16 numbers, whose offset is subtracted from the sums; "nibbles", int2
-# and int3 codes become words of int4, and those are converted; "table", "e2m1" and "float4", out of
-# a table of 16 values (`tpu.lookup`).
-Reading = Literal["cast", "staged", "bits", "nibbles", "table", "e2m1", "float4"]
+# and int3 codes become words of int4, and those are converted; "bytes", int8 by way of float32;
+# "table", "e2m1" and "float4", out of a table of 16 values (`tpu.lookup`).
+Reading = Literal["cast", "staged", "bits", "nibbles", "bytes", "table", "e2m1", "float4"]
 
 
 @dataclasses.dataclass(frozen=True)

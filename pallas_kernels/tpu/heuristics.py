@@ -179,7 +179,10 @@ def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime)
         return "staged"
     fits = p.k % LANES == 0 and (p.groups == 1 or LANES % p.group == 0 or p.group % LANES == 0)
     pays = not chip.has_bf16_vpu and p.m <= DECODE_ROWS // 2 and scale != "before"
-    pays = pays or chip.mxu_dtypes == ("bfloat16",)  # v4: its conversion takes four times as long
+    if chip.mxu_dtypes == ("bfloat16",):  # v4: its conversions take four times as long
+        pays = True
+        if p.codes == "int8" and fits:
+            return "bytes"
     return "bits" if p.codes == "int4" and operand == "bfloat16" and fits and pays else "cast"
 
 

@@ -10,6 +10,8 @@ Used by the bodies in this package. Codes that count, in three ways (tables: `tp
 * "nibbles", of int2 and int3, where the compiler converts a register of int4 in one operation:
   words of codes become words of int4 that hold twice the value, and those are converted. There is
   no offset.
+* "bytes", of int8: each byte of a word becomes a float32 number, as with "bits" but without its
+  offset, and then bfloat16. v4 has no conversion of its own that is as short.
 
 Words hold the codes of a column that follow each other, so the operand's rows come out in another
 order than stored; `source_row` says which, and x's columns follow suit.
@@ -28,9 +30,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 # Codes whose order is shuffled among themselves: those of 8 rows of words (int3: of triples).
-UNITS = {"int4": 64, "int2": 128, "int3": 256, "table4": 64}
+UNITS = {"int8": 32, "int4": 64, "int2": 128, "int3": 256, "table4": 64}
 # Readings that take words apart: rows come out in the order of `source_row`.
-SHUFFLED = ("bits", "nibbles", "table", "e2m1")
+SHUFFLED = ("bits", "nibbles", "bytes", "table", "e2m1")
 
 _ROWS = 8  # of a register of 32-bit words
 _MANTISSA = 7  # bits of bfloat16's
@@ -85,7 +87,7 @@ def source_row(codes: str, reading: str, position: Any) -> Any:
     """The stored row, within its unit, of the operand's row at `position` (arrays of int32)."""
     unit = UNITS[codes]
     start, p = (position // unit) * unit, position % unit
-    at_once = 8 if reading == "nibbles" else 2  # rows from one word
+    at_once = {"nibbles": 8, "bytes": 1}.get(reading, 2)  # rows from one word
     plane, word, slot = p // (_ROWS * at_once), p // at_once % _ROWS, p % at_once
     xp = np if isinstance(position, np.ndarray) else jnp
     if codes != "int3":
@@ -101,11 +103,11 @@ def source_row(codes: str, reading: str, position: Any) -> Any:
 
 
 def operand_from_words(codes: str, reading: str, operand: str, block: jax.Array) -> jax.Array:
-    """The operand [rows, bn] of a block of int4 or int2 codes, in the order of `source_row`.
+    """The operand [rows, bn] of a block of codes, in the order of `source_row`.
 
     Args:
-      codes: "int4" or "int2".
-      reading: "bits", or for int2 "nibbles".
+      codes: "int4", "int2" or "int8".
+      reading: "bits", or for int2 "nibbles", or for int8 "bytes".
       operand: its dtype name; "bits" makes bfloat16.
       block: as stored; whole units.
     """
@@ -117,6 +119,9 @@ def operand_from_words(codes: str, reading: str, operand: str, block: jax.Array)
             # Two's complement of 2 (2 u - 3): u's bits above, the upper one flipped, and 10.
             both = [shifted(word, up) & _each(0xC) for up in (2, 0)]
             parts += [_nibbles(part, 0xA, operand) for part in both]
+        elif reading == "bytes":
+            values = [_byte(half, i) for half in (word, shifted(word, -16)) for i in range(2)]
+            parts.append(jnp.concatenate(values, axis=0).astype(operand))
         else:
             parts += _planes(word, codes)
     return jnp.concatenate(parts, axis=0)
@@ -211,6 +216,14 @@ def _each(nibble: int) -> jax.Array:
 def _nibbles(words: jax.Array, flipped: int, operand: str) -> jax.Array:
     """Words [8, bn] of int4, with these bits of each nibble flipped, as operand [64, bn]."""
     return pltpu.bitcast(words ^ _each(flipped), jnp.int4).astype(operand)
+
+
+def _byte(words: jax.Array, byte: int) -> jax.Array:
+    """Byte 0 or 1 of each word, an int8 code, as float32."""
+    power = 23 - 8 * byte  # 2^power's mantissa counts 1 at the byte's lowest bit
+    magic = (127 + power) << 23 | 0x80 << 8 * byte
+    bits = (words & jnp.uint32(0xFF << 8 * byte)) ^ jnp.uint32(magic)
+    return lax.bitcast_convert_type(bits, jnp.float32) - (2.0**power + 128)
 
 
 def shifted(word: jax.Array, left: int) -> jax.Array:
