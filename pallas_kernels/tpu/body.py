@@ -194,7 +194,7 @@ def _prepare(
     for name in corrections:
         summed = jnp.ones((size, LANES), jnp.float32)
         if name == "offsets":
-            summed = reading.stored_offsets(problem.codes, size, LANES)
+            summed = reading.offsets(problem.codes, size, LANES, stored=True)
         sides += [_rows_of_group(summed, cut, g) for g in range(cut.stack)]
     whole = "bfloat16" if cut.parts > 1 else config.operand
     side = jnp.concatenate(sides, axis=1).astype(whole) if sides else None

@@ -52,8 +52,8 @@ class Chunks:
         bk, group, per_read = config.bk, problem.group, 1
         if config.reading in SHUFFLED:
             size = max(LANES, UNITS[problem.codes])
-            if config.scale == "after" and config.reading == "nibbles":
-                per_read, size = size // LANES, LANES  # a register's halves can be told apart
+            if config.scale == "after":  # int3: 256 codes are read at once, 128 can be told apart
+                per_read, size = size // LANES, LANES
         elif config.scale == "after":
             size = min(group, bk) if group >= LANES or LANES % group or bk % LANES else LANES
         else:

@@ -19,6 +19,7 @@ order than stored; `source_row` says which, and x's columns follow suit.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -43,8 +44,8 @@ _GRID = {"int4": (-8, 1), "int2": (-3, 2), "int3": (-4, 1)}
 # planes of each word of a triple (`_aligned`), and two codes that lie across words.
 _INT4 = tuple((4 * i, 0, 0) for i in range(4))
 _INT2 = tuple((s, 2 * i - s, 2 * i - s) for i, s in enumerate((-1, 0, 0, 5, 5, 5, 9, 9)))
-_FIVE = tuple((s, 1 + 3 * i - s, 3 * i - s) for i, s in enumerate((0, 0, 6, 6, 12)))
-_PLANES = {"int4": _INT4, "int2": _INT2, "int3": (*_FIVE, *_FIVE, *_FIVE, (0, 0, 0))}
+_INT3 = tuple((s, 1 + 3 * i - s, 3 * i - s) for i, s in enumerate((0, 0, 6, 6, 12)))
+_PLANES = {"int4": _INT4, "int2": _INT2, "int3": _INT3}
 
 
 def step(codes: str, reading: str) -> float:
@@ -54,33 +55,41 @@ def step(codes: str, reading: str) -> float:
     return _GRID[codes][1] if reading == "bits" else 1
 
 
-def offsets(codes: str, rows: int, columns: int) -> jax.Array:
-    """float32 [rows, columns]: what "bits" adds to the operand's rows, whole units of them.
+def offsets(codes: str, rows: int, columns: int, *, stored: bool = False) -> jax.Array:
+    """float32 [rows, columns]: what "bits" adds, operand minus value / step; exact in bfloat16.
 
-    That is the operand minus value / step, and exact in bfloat16.
+    Args:
+      codes: "int4", "int2" or "int3".
+      rows: of the operand, whole units.
+      columns: all are alike.
+      stored: of rows in the order in which the codes are stored.
     """
-    odd = lax.broadcasted_iota(jnp.int32, (16, columns), 0) % 2 == 1
-    unit = [
-        jnp.where(odd, _offset(codes, high), _offset(codes, low)) for _, low, high in _PLANES[codes]
-    ]
-    return jnp.concatenate(unit * (rows // UNITS[codes]), axis=0)
-
-
-def stored_offsets(codes: str, rows: int, columns: int) -> jax.Array:
-    """As `offsets`, of rows in the order in which the codes are stored."""
-    word = UNITS[codes] // _ROWS
-    row = lax.broadcasted_iota(jnp.int32, (word, columns), 0)
-    values = jnp.zeros((word, columns), jnp.float32)
-    for plane, (_, low, high) in enumerate(_PLANES[codes]):
-        for half, at in enumerate((low, high)):
-            code = int(source_row(codes, "bits", np.array([16 * plane + half]))[0])
-            values = jnp.where(row == code, _offset(codes, at), values)
-    return jnp.concatenate([values] * (rows // word), axis=0)
-
-
-def _offset(codes: str, lowest_bit: int) -> float:
     lowest, distance = _GRID[codes]
-    return float(2.0 ** (_MANTISSA - lowest_bit)) - lowest / distance
+    of_code = np.zeros(UNITS[codes] // _ROWS)
+    for code, bit in _lowest_bits(codes).items():
+        of_code[code] = 2.0 ** (_MANTISSA - bit) - lowest / distance
+    position = np.arange(rows)
+    order = position if stored else source_row(codes, "bits", position)
+    row = lax.broadcasted_iota(jnp.int32, (16, columns), 0)
+    tiles = []
+    for tile in of_code[order % of_code.size].reshape(-1, 16):
+        made = jnp.full((16, columns), tile[0], jnp.float32)
+        for value in np.unique(tile):
+            own = [row == i for i in np.flatnonzero(tile == value)]
+            made = jnp.where(functools.reduce(jnp.logical_or, own), jnp.float32(value), made)
+        tiles.append(made)
+    return jnp.concatenate(tiles, axis=0)
+
+
+def _lowest_bits(codes: str) -> dict[int, int]:
+    """Where "bits" has the codes of a word (int3: of a triple) in the mantissa."""
+    halves = {"int4": 4, "int2": 8, "int3": 5}[codes]
+    starts = (0, 11, 22) if codes == "int3" else (0,)
+    bits = {10: 0, 21: 0} if codes == "int3" else {}  # those across words
+    for start in starts:
+        for plane, (_, low, high) in enumerate(_PLANES[codes]):
+            bits |= {start + plane: low, start + halves + plane: high}
+    return bits
 
 
 def source_row(codes: str, reading: str, position: Any) -> Any:
@@ -98,7 +107,11 @@ def source_row(codes: str, reading: str, position: Any) -> Any:
         third = slot % 3
         code = xp.where(plane < 3, 11 * plane + third + third // 2, 11 * third + 2) + slot // 3 * 4
     else:
-        code = xp.where(plane < 15, 11 * (plane // 5) + plane % 5 + 5 * slot, 10 + 11 * slot)
+        # A register has words of the same four triples twice: of a and b, or of two other planes.
+        plane, second, word = p // 16 % 8, word // 4, word % 4 + p // 128 * 4
+        last = 2 * plane - 10 + second  # planes of c, then the two codes across words
+        code = xp.where(last < 5, 22 + last + 5 * slot, 10 + 11 * slot)
+        code = xp.where(plane < 5, 11 * second + plane + 5 * slot, code)
     return start + unit // _ROWS * word + code
 
 
@@ -123,7 +136,7 @@ def operand_from_words(codes: str, reading: str, operand: str, block: jax.Array)
             values = [_byte(half, i) for half in (word, shifted(word, -16)) for i in range(2)]
             parts.append(jnp.concatenate(values, axis=0).astype(operand))
         else:
-            parts += _planes(word, codes)
+            parts += [pltpu.bitcast(pair, jnp.bfloat16) for pair in _planes(word, codes)]
     return jnp.concatenate(parts, axis=0)
 
 
@@ -153,17 +166,26 @@ def operand_from_triples(
 
 
 def _pairs_of_triple(a: jax.Array, b: jax.Array, c: jax.Array) -> list[jax.Array]:
-    """Planes of bfloat16 of 96-bit numbers (c, b, a).
+    """Planes of bfloat16 of 96-bit numbers (c, b, a): eight of the first four, then of the others.
 
     Shifted by one bit at most, each word has ten codes where the middle one has them. The eleventh
     of a and of b end in the next word.
     """
-    own = _planes(a << jnp.uint32(1), "int3", 0, 5)
-    own += _planes(b, "int3", 5, 10)
-    own += _planes(c >> jnp.uint32(1), "int3", 10, 15)
+    a_and_b = _sorted(a << jnp.uint32(1), b)
     low = shifted(a, -30) | shifted(b, 2) & jnp.uint32(4)
     high = shifted(b, -15) & jnp.uint32(1 << 16) | shifted(c, 17) & jnp.uint32(6 << 16)
-    return [*own, _bf16(low | high, "int3", 15)]
+    across = low | high | jnp.uint32(_exponent(0) * 0x10001)
+    last = [*_planes(c >> jnp.uint32(1), "int3"), across]
+    pairs = [_sorted(first, second) for first, second in zip(last[::2], last[1::2], strict=True)]
+    halves = ([*_planes(a_and_b[i], "int3"), *(pair[i] for pair in pairs)] for i in range(2))
+    return [pltpu.bitcast(plane, jnp.bfloat16) for half in halves for plane in half]
+
+
+def _sorted(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two registers of 8 rows: the first four of both in one, the last four in the other."""
+    first_four = lax.broadcasted_iota(jnp.int32, first.shape, 0) < _ROWS // 2
+    turned = [pltpu.roll(words, _ROWS // 2, 0) for words in (first, second)]
+    return jnp.where(first_four, first, turned[1]), jnp.where(first_four, turned[0], second)
 
 
 def _nibbles_of_triple(a: jax.Array, b: jax.Array, c: jax.Array) -> list[jax.Array]:
@@ -184,24 +206,17 @@ def _nibbles_of_triple(a: jax.Array, b: jax.Array, c: jax.Array) -> list[jax.Arr
     return parts
 
 
-def _planes(word: jax.Array, codes: str, start: int = 0, end: int | None = None) -> list[jax.Array]:
-    """Planes start .. end - 1 of `_PLANES`, each bfloat16 [16, bn], of words that hold them all."""
-    width = {"int4": 4, "int2": 2, "int3": 3}[codes]
+def _planes(word: jax.Array, codes: str) -> list[jax.Array]:
+    """Pairs of bfloat16, M + u, in words [8, bn]: one for each of `_PLANES`."""
+    field = (1 << {"int4": 4, "int2": 2, "int3": 3}[codes]) - 1
     planes: list[jax.Array] = []
-    for i, (right, low, high) in list(enumerate(_PLANES[codes]))[start:end]:
-        field = (1 << width) - 1
-        mask = jnp.uint32(field << low | field << high + 16)
-        planes.append(_bf16(shifted(word, -right) & mask, codes, i))
+    for right, low, high in _PLANES[codes]:
+        magic = _exponent(low) | _exponent(high) << 16
+        if codes == "int4":  # two's complement: counted from the lowest with another highest bit
+            magic |= 0x00080008
+        fields = shifted(word, -right) & jnp.uint32(field << low | field << high + 16)
+        planes.append(fields ^ jnp.uint32(magic))
     return planes
-
-
-def _bf16(fields: jax.Array, codes: str, plane: int) -> jax.Array:
-    """Fields in the mantissas of both halves become bfloat16 [16, bn]: M + u."""
-    _, low, high = _PLANES[codes][plane]
-    magic = _exponent(low) | _exponent(high) << 16
-    if codes == "int4":  # from two's complement to counting from the lowest: another highest bit
-        magic |= 0x00080008
-    return pltpu.bitcast(fields ^ jnp.uint32(magic), jnp.bfloat16)
 
 
 def _exponent(low: int) -> int:

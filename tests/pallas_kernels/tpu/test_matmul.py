@@ -80,6 +80,7 @@ ORDERS = [
     ("int4", 64, 256, "before", "staged"),
     ("int8", 128, 256, "before", "staged"),
     ("int8", 0, 256, "end", "cast"),
+    ("int3", 128, 512, "after", "bits"),
     ("int3", 64, 256, "after", "bits"),
     ("int3", 128, 512, "before", "bits"),
     ("int3", 0, 256, "end", "bits"),
