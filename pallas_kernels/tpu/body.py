@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu import lookup, reading, split
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
-from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig, converts_once
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
 from jaxquant.pallas_kernels.tpu.reading import LANES, SHUFFLED, UNITS
 from jaxquant.pallas_kernels.tpu.stream import PARTS
@@ -53,7 +53,7 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
         whole = c.operand.startswith("int") and c.scale == "end"
         shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
     rows = cut.count * cut.copies * c.bm
-    if c.reading in SHUFFLED or cut.copies > 1:
+    if c.reading in SHUFFLED or cut.copies > 1 or converts_once(problem, c):
         shapes["laid_out"] = pltpu.VMEM((rows, cut.size), jnp.dtype(c.operand))
     sums = c.bm if c.scale == "end" else cut.count * cut.stack * c.bm
     for name in _corrections(problem, c):

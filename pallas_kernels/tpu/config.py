@@ -22,6 +22,8 @@ ScaleTime = Literal["end", "after", "before"]
 # "table", "e2m1" and "float4", out of a table of 16 values (`tpu.lookup`).
 Reading = Literal["cast", "staged", "bits", "nibbles", "bytes", "table", "e2m1", "float4"]
 
+_FEW_ROWS = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class MatmulConfig:
@@ -53,6 +55,16 @@ class MatmulConfig:
     stream: bool = False
 
 
+def converts_once(problem: MatmulProblem, config: MatmulConfig) -> bool:
+    """Whether rows of x are converted once, and kept, not again for each block of columns.
+
+    Where the matrix units take no float8, converting it takes five vector operations a value: of
+    many rows as many as of the weight. Megacore may begin with any block of columns.
+    """
+    emulated = problem.x_dtype.startswith("float8") and config.operand == "bfloat16"
+    return emulated and config.bm > _FEW_ROWS and not config.parallel
+
+
 def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
     """An upper estimate of the VMEM a kernel takes: double-buffered blocks and its scratch.
 
@@ -74,4 +86,6 @@ def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
         scratch += 2 * c.bk * (c.bn + c.bm) + 4 * c.bm * c.bn
     if c.scale == "after" and (p.group < 128 or c.reading not in ("cast", "float4")):
         scratch += c.bm * c.bk * 2 * math.ceil(256 / max(1, min(p.group, 256))) * 3
+    if converts_once(p, c):
+        scratch += 2 * c.bm * c.bk
     return 2 * blocks + scratch

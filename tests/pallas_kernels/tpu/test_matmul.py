@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
 from jaxquant.pallas_kernels.tpu import split
+from jaxquant.pallas_kernels.tpu.body import scratch_shapes
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
@@ -116,6 +117,20 @@ def test_every_order_in_several_blocks(order):
         )
         problem = dataclasses.replace(problem, e2m1=reading in ("e2m1", "float4"))
         check(problem, config)
+
+
+@pytest.mark.parametrize("group", [0, 128])
+@pytest.mark.parametrize("depth", [128, 256])
+def test_float8_rows_are_converted_once_for_all_columns(group, depth):
+    """Where x stays (all of k a block) and where it does not, for two blocks of rows."""
+    codes = "int4" if group else "float8_e4m3fn"
+    problem = MatmulProblem(
+        190, 256, 384, codes, "float8_e4m3fn", group, x_scale=True, out_dtype="float32"
+    )
+    config = MatmulConfig(96, 128, depth, "before" if group else "end", "cast")
+    assert "laid_out" in scratch_shapes(problem, config)
+    assert "laid_out" not in scratch_shapes(problem, dataclasses.replace(config, parallel=True))
+    check(problem, config)
 
 
 def test_k_that_is_no_multiple_of_a_chunk():
