@@ -53,6 +53,8 @@ class Job:
       devices: for how many devices; if several, `maker` gets them as `devices` and its avals have
         shardings over them.
       int4_rows: rows of a tile in which arguments of int4 lie in HBM; 0 for the compiler's choice.
+      profile: whether to ask for an estimate: the estimator aborts on some programs, and then all
+        that share the process must be compiled again.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Job:
     arguments: dict[str, Any]
     devices: int = 1
     int4_rows: int = 0
+    profile: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,9 @@ def measure(jobs: Sequence[Job], chip: str, *, profile: bool = True) -> dict[str
         raise ValueError("jobs must have different names")
     profile = profile and chip != "v4"  # "only supported on" later chips, says libtpu
     results: dict[str, Static] = {}
-    left = list(jobs)
+    left = [job for job in jobs if job.profile or not profile]
+    if len(left) < len(jobs):
+        results |= measure([job for job in jobs if not job.profile], chip, profile=False)
     while left:
         got, log = _run(left, chip, profile)
         results |= got

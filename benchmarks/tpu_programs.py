@@ -102,9 +102,10 @@ def program(chip: Chip, label: str, m: int, k: int, n: int) -> Program:
     elif label in tpu_peers.PEERS:
         function, fields, same = tpu_peers.PEERS[label]
         maker, problem = f"benchmarks.tpu_peers:{function}", MatmulProblem(m, k, n, **FORMATS[same])
-    job = Job(f"{label}|{rows}x{k}x{columns}", maker, size | fields)
+    refused = label == "xla int4 g128"
+    job = Job(f"{label}|{rows}x{k}x{columns}", maker, size | fields, profile=not refused)
     like = None
-    if label == "xla int4 g128":
+    if refused:
         name = f"{job.name}|codes in tiles of {_TILE_ROWS} rows"
         like = Job(name, maker, size | fields, int4_rows=_TILE_ROWS)
     return Program(label, problem, None, job, times, like)
