@@ -53,19 +53,13 @@ _BITS4 = Unpack(
     "a word of 8 codes: 4 x (shift, and, xor 128.0 and the sign), the first without shift", 11 / 8
 )
 _BITS2 = Unpack("a word of 16 codes: 8 x (and, or a power of two), 2 shifts", 18 / 16)
-_NIBBLES2 = Unpack(
-    "a word of 16 codes: 2 x (and, xor), shift; a register of bfloat16, 2 codes a lane: one"
-    " unpacking",
-    5 / 16 + 0.5,
-)
+_NIBBLES2 = "a word of 16 codes: 2 x (and, xor), shift; "
 _BITS3 = Unpack(
     "3 words of 32 codes: 16 x (and, or a power of two), 7 shifts; 9 for 2 codes across words", 1.5
 )
-_NIBBLES3 = Unpack(
-    "3 words of 32 codes: 12 x and, 9 shifts, 8 x or, 4 x xor; 4 for 2 codes across words; a"
-    " register of bfloat16, 2 codes a lane: one unpacking",
-    37 / 32 + 0.5,
-)
+_NIBBLES3 = "3 words of 32 codes: 12 x and, 9 shifts, 8 x or, 4 x xor; 4 for 2 codes across words; "
+_BFLOAT16 = "a register of bfloat16, 2 codes a lane: one unpacking"
+_FLOAT8 = "a register of float8, 4 codes a lane, from half a register: one unpacking"
 _TABLE = Unpack(
     "a code: shift, and, minus its sublane, two rotations, and, compare, select; half an or", 8.5
 )
@@ -81,21 +75,17 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ("int4", "int8", None): Unpack(
         "a register of int8 from a quarter of int4: one unpacking", 0.25
     ),
-    ("int4", "float8", True): Unpack(
-        "a register of float8, 4 codes a lane, from half a register: one unpacking", 0.25
-    ),
+    ("int4", "float8", True): Unpack(_FLOAT8, 0.25),
     ("int4", "bfloat16", False): _BITS4,
-    ("int4", "bfloat16", True): Unpack(
-        "a register of bfloat16, 2 codes a lane: one unpacking", 0.5
-    ),
+    ("int4", "bfloat16", True): Unpack(_BFLOAT16, 0.5),
     ("int8", "bfloat16", False): Unpack("a code: unpack, to float32; half of a packing", 2.5),
-    ("int8", "bfloat16", True): Unpack(
-        "a register of bfloat16, 2 codes a lane: one unpacking", 0.5
-    ),
+    ("int8", "bfloat16", True): Unpack(_BFLOAT16, 0.5),
     ("int3", "bfloat16", False): _BITS3,
-    ("int3", "bfloat16", True): _NIBBLES3,
+    ("int3", "bfloat16", True): Unpack(_NIBBLES3 + _BFLOAT16, 37 / 32 + 0.5),
+    ("int3", "float8", True): Unpack(_NIBBLES3 + _FLOAT8, 37 / 32 + 0.25),
     ("int2", "bfloat16", False): _BITS2,
-    ("int2", "bfloat16", True): _NIBBLES2,
+    ("int2", "bfloat16", True): Unpack(_NIBBLES2 + _BFLOAT16, 5 / 16 + 0.5),
+    ("int2", "float8", True): Unpack(_NIBBLES2 + _FLOAT8, 5 / 16 + 0.25),
     ("int4", "int4", None): _NONE,
     ("table4", "bfloat16", None): _TABLE,
     ("e2m1", "bfloat16", None): _E2M1,
@@ -104,9 +94,7 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ("float8", "bfloat16", False): Unpack(
         "a code: shift, and, or an exponent, subtract it, or the sign; half of a packing", 5.5
     ),
-    ("float8", "bfloat16", True): Unpack(
-        "a register of bfloat16, 2 codes a lane: one unpacking", 0.5
-    ),
+    ("float8", "bfloat16", True): Unpack(_BFLOAT16, 0.5),
 }
 
 

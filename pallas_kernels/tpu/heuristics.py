@@ -146,7 +146,7 @@ def _operand(problem: MatmulProblem, chip: Chip) -> str:
         return problem.x_dtype
     copies = max(1, LANES // problem.group)
     few = _up(problem.m, 16) * copies <= _SPLIT_ROWS
-    if problem.codes == "int4" and few and chip.int4_to_float8:
+    if problem.codes in ("int4", "int2") and few and chip.int4_to_float8:
         return "float8_e4m3fn"
     return "bfloat16"
 

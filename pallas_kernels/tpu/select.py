@@ -138,11 +138,6 @@ def _check_worth(problem: MatmulProblem, chip: Chip) -> None:
             f"{problem.m} rows: kernels for more than {AFTER_ROWS} spill registers on {chip.name}"
             " and take longer than writing the weight out in bfloat16"
         )
-    if problem.codes == "int8" and chip.mxu_dtypes == ("bfloat16",):
-        raise Unsupported(
-            f"int8 codes are converted in so many steps on {chip.name} that reading bfloat16"
-            " weights takes no longer"
-        )
 
 
 def _int4(problem: MatmulProblem, chip: Chip) -> bool:

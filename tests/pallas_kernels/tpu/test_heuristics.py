@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.heuristics import by_rules
 from jaxquant.pallas_kernels.tpu.select import select
@@ -92,9 +92,19 @@ def test_who_fetches_the_codes(change, stream):
     assert not by_rules(problem, CHIPS["v5p"]).stream
 
 
-def test_v4_leaves_int8_to_xla():
+def test_who_reads_int8_by_way_of_float32():
+    """v4's own conversion takes four times as long."""
     problem = dataclasses.replace(INT4, codes="int8")
-    with pytest.raises(Unsupported, match="int8 codes are converted in so many steps on v4"):
-        select(problem, "TPU v4", forced=False)
-    assert "int8" in select(problem, "TPU v4", forced=True).name
-    assert "int8" in select(problem, "TPU v5 lite", forced=False).name
+    assert [by_rules(problem, chip).reading for chip in CHIPS.values()] == ["bytes"] + 4 * ["cast"]
+    assert "int8" in select(problem, "TPU v4", forced=False).name
+    assert by_rules(dataclasses.replace(problem, group=96, k=96), CHIPS["v4"]).reading == "cast"
+
+
+@pytest.mark.parametrize("codes", ["int2", "int3"])
+def test_packed_codes_go_by_way_of_int4_where_it_is_converted_at_once(codes):
+    problem = dataclasses.replace(INT4, codes=codes)
+    readings = {name: by_rules(problem, chip).reading for name, chip in CHIPS.items()}
+    nibbles = dict.fromkeys(("v6e", "v7x"), "nibbles")
+    assert readings == dict.fromkeys(("v4", "v5e", "v5p"), "bits") | nibbles
+    narrow = by_rules(problem, CHIPS["v7x"]).operand == "float8_e4m3fn"
+    assert narrow == (codes == "int2")  # int3 would be bound by vector operations

@@ -81,6 +81,8 @@ ORDERS = [
     ("int4", 64, 256, "before", "staged"),
     ("int8", 128, 256, "before", "staged"),
     ("int8", 0, 256, "end", "cast"),
+    ("int8", 64, 256, "after", "bytes"),
+    ("int8", 128, 256, "before", "bytes"),
     ("int3", 128, 512, "after", "bits"),
     ("int3", 64, 256, "after", "bits"),
     ("int3", 128, 512, "before", "bits"),
