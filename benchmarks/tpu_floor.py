@@ -92,7 +92,9 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ("float4", "bfloat16", None): _CONVERTED,
     ("float8", "float8", None): _NONE,
     ("float8", "bfloat16", False): Unpack(
-        "a code: shift, and, or an exponent, subtract it, or the sign; half of a packing", 5.5
+        "a word of 4 codes: and, subtract; 2 x (2 of sign and exponent 0: 3 shifts in all, and; or;"
+        " the rest: shift, and, or), with the sum of implied ones in the matrix units",
+        16 / 4,
     ),
     ("float8", "bfloat16", True): Unpack(_BFLOAT16, 0.5),
 }

@@ -272,6 +272,10 @@ def _pipeline(chip: Chip, item: Program, static: Static, memory: float) -> float
 
 
 def _two_buffers(steps: int, static: Static, chip: Chip, memory: float) -> float:
-    """Microseconds of a pipeline: a first block arrives, then each step's work hides the next."""
-    step = static.bundles / chip.clock / chip.cores * 1e6
+    """Microseconds of a pipeline: a first block arrives, then each step's work hides the next.
+
+    Cores share the steps and the bandwidth.
+    """
+    steps = math.ceil(steps / chip.cores)
+    step = static.bundles / chip.clock * 1e6
     return memory / steps + (steps - 1) * max(step, memory / steps) + step

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
-from jaxquant.pallas_kernels.tpu import lookup, reading, split
+from jaxquant.pallas_kernels.tpu import e4m3, lookup, reading, split
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, converts_once
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
@@ -54,7 +54,8 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
         shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
     rows = cut.count * cut.copies * c.bm
     if c.reading in SHUFFLED or cut.copies > 1 or converts_once(problem, c):
-        shapes["laid_out"] = pltpu.VMEM((rows, cut.size), jnp.dtype(c.operand))
+        columns = _columns_laid_out(c, cut)
+        shapes["laid_out"] = pltpu.VMEM((rows, columns), jnp.dtype(c.operand))
     sums = c.bm if c.scale == "end" else cut.count * cut.stack * c.bm
     for name in _corrections(problem, c):
         shapes[name] = pltpu.VMEM((sums, LANES), jnp.float32)
@@ -63,6 +64,11 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
     if problem.codes == "int3":
         shapes["words"] = pltpu.VMEM((c.bn // LANES * (3 * c.bk // 32), LANES), jnp.uint32)
     return shapes
+
+
+def _columns_laid_out(config: MatmulConfig, cut: Chunks) -> int:
+    """Of x's chunks: "e4m3" has two operands below each other."""
+    return cut.size * (2 if config.reading == "e4m3" else 1)
 
 
 def _write(ref: Any, value: jax.Array) -> None:
@@ -190,6 +196,9 @@ def _prepare(
     """
     shuffled, bm, size = config.reading in SHUFFLED, config.bm, cut.size
     sides = [reading.permutation(problem.codes, config.reading, size)] if shuffled else []
+    if config.reading == "e4m3":
+        sides = [e4m3.both_orders(size)]
+    laid_out = _columns_laid_out(config, cut)
     corrections = _corrections(problem, config)
     for name in corrections:
         summed = jnp.ones((size, LANES), jnp.float32)
@@ -212,7 +221,7 @@ def _prepare(
         if side is not None:
             y = dot(x, side).astype(jnp.float32)
         if shuffled:
-            x, y = y[:, :size].astype(whole), y[:, size:]
+            x, y = y[:, :laid_out].astype(whole), y[:, laid_out:]
         for i, c in enumerate(chunks):
             own = slice(i * bm, (i + 1) * bm)
             if cut.parts > 1:
@@ -294,6 +303,8 @@ def _operand(
         words, units = pltpu.bitcast(block, jnp.uint32), size // UNITS[problem.codes]
         if config.reading == "table":
             return lookup.values_from_words(words, units, refs["table"])
+        if config.reading == "e4m3":
+            return e4m3.operands(block)
         return lookup.e2m1_from_words(words, units)
     block = refs["codes"][start : start + size, :]
     if config.reading == "float4":
@@ -330,7 +341,8 @@ def _after(
             if i % cut.per_read == 0:
                 read = _operand(refs, problem, config, cut, i // cut.per_read)
             at = i % cut.per_read * cut.size
-            more = dot(_x_chunk(refs, config, cut, i), read[at : at + cut.size])
+            own_codes = read if cut.per_read == 1 else read[at : at + cut.size]
+            more = dot(_x_chunk(refs, config, cut, i), own_codes)
             part = more if part is None else part + more
             rows = slice(i * cut.stack * bm, (i + 1) * cut.stack * bm)
             for name in corrections:

@@ -19,8 +19,9 @@ ScaleTime = Literal["end", "after", "before"]
 # scaled in float32 its codes go there by way of bfloat16, which holds them exactly; "bits", shifted
 # into the mantissa of bfloat16 numbers, whose offset is subtracted from the sums; "nibbles", int2
 # and int3 codes become words of int4, and those are converted; "bytes", int8 by way of float32;
-# "table", "e2m1" and "float4", out of a table of 16 values (`tpu.lookup`).
-Reading = Literal["cast", "staged", "bits", "nibbles", "bytes", "table", "e2m1", "float4"]
+# "e4m3", float8 by its bits (`tpu.e4m3`); "table", "e2m1" and "float4", out of a table of 16 values
+# (`tpu.lookup`).
+Reading = Literal["cast", "staged", "bits", "nibbles", "bytes", "e4m3", "table", "e2m1", "float4"]
 
 _FEW_ROWS = 64
 

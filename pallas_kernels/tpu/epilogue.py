@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
-from jaxquant.pallas_kernels.tpu import reading
+from jaxquant.pallas_kernels.tpu import e4m3, reading
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.lookup import E2M1_FACTOR
 from jaxquant.pallas_kernels.tpu.reading import LANES
@@ -74,6 +74,8 @@ def scale_rows(
     step = reading.step(problem.codes, config.reading)
     if config.reading == "e2m1":
         step = 1 / E2M1_FACTOR
+    if config.reading == "e4m3":
+        step = 1 / e4m3.DOWN
     return scale * step if step != 1 else scale
 
 

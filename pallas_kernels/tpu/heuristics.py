@@ -183,6 +183,10 @@ def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime)
         pays = True
         if p.codes == "int8" and fits:
             return "bytes"
+    by_bits = p.codes == "float8_e4m3fn" and operand == "bfloat16" and not chip.has_bf16_vpu
+    few = p.m <= DECODE_ROWS // 2 and scale != "before"  # two operands: twice the multiply-adds
+    if by_bits and few and fits and p.group % LANES == 0:
+        return "e4m3"
     return "bits" if p.codes == "int4" and operand == "bfloat16" and fits and pays else "cast"
 
 

@@ -206,6 +206,28 @@ def test_x_in_two_parts(codes, group, scale, x_dtype):
         assert (np.abs(got - case.want) <= 1e-5 * case.scale_of_errors).all()
 
 
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(("group", "scale", "bk"), [(0, "end", 256), (128, "after", 512)])
+def test_float8_by_its_bits(group, scale, bk, x_dtype):
+    """Every code but the two that are no number; a column of the smallest ones, one of zeros."""
+    problem = MatmulProblem(
+        20, 512, 256, "float8_e4m3fn", x_dtype, group, x_scale=True, out_dtype="float32"
+    )
+    case, rng = cases.make(problem), np.random.default_rng(0)
+    codes = rng.choice([c for c in range(256) if c & 0x7F != 0x7F], (512, 256)).astype(np.uint8)
+    codes[:, 0] = rng.choice([*range(8), *range(128, 136)], 512)
+    codes[:, 1] = rng.choice([0, 128], 512)
+    stored = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn)
+    weight = np.asarray(stored.astype(jnp.float32), np.float64)
+    weight = weight * np.repeat(case.arrays["scale"].astype(np.float64), problem.group, 0)
+    x = np.asarray(jnp.asarray(case.arrays["x"]).astype(jnp.float32), np.float64)
+    x = x * case.arrays["x_scale"]
+    config = MatmulConfig(bk=bk, scale=scale, reading="e4m3", **BLOCKS)
+    case = case._replace(arrays=case.arrays | {"codes": stored})
+    got = np.asarray(cases.run(problem, config, case), np.float64)
+    assert (np.abs(got - x @ weight) <= 1e-5 * (np.abs(x) @ np.abs(weight))).all()
+
+
 def test_parts_are_exact():
     """Eight significant bits are two times four, down to 2^-13 of the largest of a row."""
     rng = np.random.default_rng(0)
