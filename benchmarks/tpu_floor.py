@@ -64,8 +64,8 @@ _TABLE = Unpack(
     "a code: shift, and, minus its sublane, two rotations, and, compare, select; half an or", 8.5
 )
 _E2M1 = Unpack(
-    "a word of 8 codes: 2 shifts, 3 or, and; 4 x (3 x (shift, and), 2 or), one without shift",
-    37 / 8,
+    "a word of 8 codes: 4 shifts, 4 or, 2 and; 4 x (2 x (shift, and), or), one without shift",
+    29 / 8,
 )
 _CONVERTED = Unpack("a register of bfloat16, 2 codes a lane: one conversion", 0.5)
 # (codes, operand, vector arithmetic on bfloat16) -> sequence. Asked for in this order: exact, then

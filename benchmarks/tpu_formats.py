@@ -36,6 +36,10 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"codes": "table4", "group": 32, "e2m1": True},
         {"qtype": "mxfp4", "group": 32},
     ),
+    "nvfp4": (
+        {"codes": "table4", "group": 16, "e2m1": True},
+        {"qtype": "nvfp4", "group": 16},
+    ),
     "w4a4": (_INT4, {"qtype": "int4", "group": 0, "act": "int4"}),
     "w4a4 g128": ({**_INT4, "group": 128}, {"qtype": "int4", "group": 128, "act": "int4"}),
 }
@@ -50,9 +54,14 @@ _NOTE = (
 def xla_product(m: int, n: int, qtype: str, group: int, act: str = "") -> tuple[Any, Any, int]:
     """XLA's own lowering of `quantized_dot_general` with a weight of 4096 rows."""
     struct, kind = jax.ShapeDtypeStruct, get_qtype(qtype)
+    scale: Any = struct((_SIZE // (group or _SIZE), n), jnp.dtype(kind.scale_dtype or "float32"))
+    if kind.scale_qtype:  # nvfp4: E4M3 over one number
+        inner = get_qtype(kind.scale_qtype)
+        codes = struct(scale.shape, jnp.dtype(inner.storage))
+        scale = QTensor(codes, struct((1, 1), jnp.float32), qtype=inner, dtype=scale.dtype)
     weight = QTensor(
         struct((_SIZE, n), jnp.dtype(kind.storage)),
-        struct((_SIZE // (group or _SIZE), n), jnp.dtype(kind.scale_dtype or "float32")),
+        scale,
         act=ActScheme(act) if act else None,
         qtype=kind,
         dtype=jnp.dtype("bfloat16"),

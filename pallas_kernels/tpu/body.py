@@ -34,6 +34,7 @@ Refs = dict[str, Any]
 _LAID_OUT_TOGETHER = 32 * 1024
 # "after" sums strips of so many elements at a time: 16 of the 64 registers.
 _SUMS_IN_REGISTERS = 16 * 1024
+_SUBLANES = 8  # rows of a register of 32 bits
 _OVER_COLUMNS = ("codes", "scale", "zero_point", "bias", "gate", "residual", "out", "acc")
 
 
@@ -407,7 +408,7 @@ def scaled_block(
             w = w - reading.offsets(problem.codes, *w.shape)
         if zero is not None:
             w = w - _spread(zero, problem, config, cut, c)
-        parts.append(w * _spread(scale, problem, config, cut, c))
+        parts.append(w * _spread(scale, problem, config, cut, c).astype(w.dtype))
     return jnp.concatenate(parts, axis=0).astype(config.operand)
 
 
@@ -418,10 +419,14 @@ def _stacked(rows: list[jax.Array]) -> jax.Array:
 def _float_codes(
     refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, chunk: int
 ) -> jax.Array:
-    """The codes of one chunk as float32 [size, bn], in the order of the reading."""
+    """The codes of one chunk as floats [size, bn] to be scaled, in the order of the reading.
+
+    E2M1 stays in bfloat16, and is scaled in it: exactly where scales are powers of two (mxfp4).
+    """
     if config.reading == "cast":
         return refs["codes"][chunk * cut.size : (chunk + 1) * cut.size, :].astype(jnp.float32)
-    return _operand(refs, problem, config, cut, chunk).astype(jnp.float32)
+    w = _operand(refs, problem, config, cut, chunk)
+    return w if config.reading in ("e2m1", "float4") else w.astype(jnp.float32)
 
 
 def _spread(
@@ -438,14 +443,17 @@ def _spread(
     if config.reading not in SHUFFLED:
         spread = jnp.broadcast_to(own[:, None, :], (groups, problem.group, own.shape[1]))
         return spread.reshape(size, own.shape[1])
-    order = reading.source_row(problem.codes, config.reading, np.arange(size))
-    of_tiles = order.reshape(-1, 8) // problem.group
-    if (of_tiles == of_tiles[:, :1]).all():  # each register of float32 has one scale a column
-        tiles = [jnp.broadcast_to(own[g : g + 1, :], (8, own.shape[1])) for g in of_tiles[:, 0]]
-        return jnp.concatenate(tiles, axis=0)
-    row = lax.broadcasted_iota(jnp.int32, (size, own.shape[1]), 0)
-    group = reading.source_row(problem.codes, config.reading, row) // problem.group
-    out = jnp.broadcast_to(own[:1, :], (size, own.shape[1]))
-    for g in range(1, groups):
-        out = jnp.where(group == g, own[g : g + 1, :], out)
+    order = reading.source_row(problem.codes, config.reading, np.arange(size)) // problem.group
+    of_registers = [tuple(map(int, rows)) for rows in order.reshape(-1, _SUBLANES)]
+    made = {groups: _over_register(own, groups) for groups in dict.fromkeys(of_registers)}
+    return jnp.concatenate([made[groups] for groups in of_registers], axis=0)
+
+
+def _over_register(part: jax.Array, groups: tuple[int, ...]) -> jax.Array:
+    """[8, bn]: the rows of `part` that these numbers name; equal ones follow each other."""
+    out = jnp.broadcast_to(part[groups[0] : groups[0] + 1, :], (_SUBLANES, part.shape[1]))
+    row = lax.broadcasted_iota(jnp.int32, out.shape, 0)
+    for i in range(1, _SUBLANES):
+        if groups[i] != groups[i - 1]:
+            out = jnp.where(row >= i, part[groups[i] : groups[i] + 1, :], out)
     return out

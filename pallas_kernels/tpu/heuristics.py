@@ -120,8 +120,9 @@ def choose_ragged_config(problem: RaggedProblem, chip: Chip) -> MatmulConfig:
 
 def _check_supported(problem: MatmulProblem) -> None:
     p = problem
-    if p.groups > 1 and p.group % 32:
-        raise Unsupported(f"groups of {p.group} are no multiple of 32")
+    shortest = 16 if p.e2m1 else 32
+    if p.groups > 1 and p.group % shortest:
+        raise Unsupported(f"groups of {p.group} are no multiple of {shortest}")
     granule = _granule(p)
     if p.codes in PACKED and (p.k % granule or p.n % LANES):
         raise Unsupported(
@@ -157,6 +158,8 @@ def _scale_time(problem: MatmulProblem, chip: Chip, operand: str) -> ScaleTime:
     if operand.startswith("int") and not chip.has_bf16_vpu and problem.group >= LANES:
         return "after"  # integer dots are worth more than the scaling of partial sums
     copies = LANES // problem.group
+    if copies > 1 and problem.e2m1 and (chip.has_bf16_vpu or problem.group < 32):
+        return "before"  # in bfloat16; of the shortest groups there would be eight copies of rows
     if copies > 1:
         # Values of a table take most of the vector operations there are: none are left for scales.
         looked_up = problem.codes == "table4" and not problem.e2m1

@@ -97,13 +97,13 @@ def e2m1_from_words(words: jax.Array, units: int) -> jax.Array:
     for unit in range(units):
         word = words[_EIGHT * unit : _EIGHT * (unit + 1), :]
         normal = shifted(word, -1) | shifted(word, -2)  # in the lowest bit of each code
-        nonzero = word | normal
         magnitude = word & (normal | jnp.uint32(0xEEEEEEEE))
+        low = shifted(word, 1) | shifted(word, 2)
+        top = word | low & jnp.uint32(0x44444444)  # above: the sign, and whether it is no zero
         for plane in range(4):
-            sign = shifted(word, 12 - 4 * plane) & jnp.uint32(0x80008000)
+            upper = shifted(top, 12 - 4 * plane) & jnp.uint32(0xC000C000)
             fields = shifted(magnitude, 6 - 4 * plane) & jnp.uint32(0x01C001C0)
-            top = shifted(nonzero, 14 - 4 * plane) & jnp.uint32(0x40004000)
-            parts.append(pltpu.bitcast(sign | fields | top, jnp.bfloat16))
+            parts.append(pltpu.bitcast(upper | fields, jnp.bfloat16))
     return jnp.concatenate(parts, axis=0)
 
 

@@ -19,6 +19,7 @@ from jaxquant.core.qtensor import QTensor, make_qtensor
 from jaxquant.core.quantize_array import quantize_array
 from jaxquant.core.schemes import ActScheme
 from jaxquant.pallas_kernels.activation import quantize_activation
+from tests.core.primitives.spmd_world import kernels_on_cpu
 from tests.pallas_kernels import dot_oracle as oracle
 
 MATMUL = (((1,), (0,)), ((), ()))
@@ -277,6 +278,20 @@ def test_vmap_of_packed_and_nested_scales(qtype):
     for i, out in enumerate(fn(stacked)):
         one = jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
         oracle.assert_close(out, np.asarray(x, np.float64) @ np.asarray(one.dequantize()))
+
+
+@pytest.mark.parametrize(("qtype", "group"), [("mxfp4", 32), ("nvfp4", 16)])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_e2m1_by_a_tpu_kernel(monkeypatch, qtype, group, rows):
+    """Whatever a scale is stored in, the kernel gets it as floats."""
+    problems = kernels_on_cpu(monkeypatch, interpret=True)
+    w = quantize_array(random(1, 256, 128), qtype, (group, 1))
+    x = random(2, rows, 256).astype(jnp.bfloat16)
+    got = jax.jit(functools.partial(quantized_dot_general, dimension_numbers=MATMUL))(x, w)
+    assert [(p.codes, p.e2m1, p.group) for p in problems] == [("table4", True, group)]
+    floats, weight = np.asarray(x, np.float64), np.asarray(w.dequantize(), np.float64)
+    error = np.abs(np.asarray(got, np.float64) - floats @ weight)
+    assert (error <= 2.0**-7 * (np.abs(floats) @ np.abs(weight))).all()
 
 
 def _quantized_with(qtype, key):

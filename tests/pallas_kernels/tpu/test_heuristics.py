@@ -23,6 +23,17 @@ def test_scales_meet_whichever_is_smaller(rows, group, scale):
 
 
 @pytest.mark.parametrize(
+    ("chip", "rows", "group", "scale"),
+    [("v5e", 16, 32, "after"), ("v5e", 17, 32, "before"), ("v5e", 1, 16, "before")]
+    + [("v6e", 1, 32, "before"), ("v7x", 1, 16, "before"), ("v6e", 16, 128, "after")],
+)
+def test_e2m1_is_scaled_in_bfloat16(chip, rows, group, scale):
+    """Where there is arithmetic on it, few rows too; groups of 16 everywhere."""
+    problem = MatmulProblem(rows, 4096, 4096, "table4", group=group, e2m1=True)
+    assert by_rules(problem, CHIPS[chip]).scale == scale
+
+
+@pytest.mark.parametrize(
     ("chip", "rows", "reading"),
     [("v4", 16, "bits"), ("v4", 64, "bits"), ("v4", 256, "bits"), ("v5e", 16, "bits")]
     + [("v5e", 64, "cast"), ("v5p", 256, "cast"), ("v6e", 16, "cast"), ("v6e", 256, "staged")]

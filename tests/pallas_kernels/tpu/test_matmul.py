@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
+from jaxquant.pallas_kernels.problem import E2M1, MatmulProblem, Unsupported
 from jaxquant.pallas_kernels.tpu import split
 from jaxquant.pallas_kernels.tpu.body import scratch_shapes
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
@@ -31,7 +31,10 @@ def problems(draw):
     codes = draw(st.sampled_from(["int8", "int4", "int3", "int2", "table4", "float8_e4m3fn"]))
     k = draw(st.sampled_from([256, 512, 768])) if codes in ("int3", "int2") else None
     k = k or draw(st.sampled_from([64, 96, 128, 256, 384, 512]))
-    groups = [g for g in (0, 32, 64, 128, 256) if g == 0 or k % g == 0]
+    e2m1 = codes == "table4" and draw(st.booleans())
+    groups = [
+        g for g in (0, 16, 32, 64, 128, 256) if g == 0 or (k % g == 0 and g >= 32 - 16 * e2m1)
+    ]
     x_dtype = draw(st.sampled_from(["bfloat16", "int8", "float8_e4m3fn"]))
     return MatmulProblem(
         draw(st.sampled_from([1, 5, 16, 40, 70, 130])),
@@ -48,7 +51,7 @@ def problems(draw):
         gate=draw(st.booleans()),
         residual=draw(st.booleans()),
         out_dtype="float32",
-        e2m1=codes == "table4" and draw(st.booleans()),
+        e2m1=e2m1,
     )
 
 
@@ -101,9 +104,12 @@ ORDERS = [
     ("table4", 128, 256, "after", "table"),
     ("table4", 64, 256, "after", "table"),
     ("table4", 32, 256, "before", "e2m1"),
+    ("table4", 16, 256, "before", "e2m1"),
+    ("table4", 16, 256, "after", "e2m1"),
     ("table4", 32, 256, "after", "e2m1"),
     ("table4", 0, 256, "end", "e2m1"),
     ("table4", 32, 256, "before", "float4"),
+    ("table4", 16, 256, "before", "float4"),
     ("table4", 32, 256, "after", "float4"),
     ("float8_e5m2", 0, 256, "end", "cast"),
 ]
@@ -133,6 +139,21 @@ def test_float8_rows_are_converted_once_for_all_columns(group, depth):
     assert "laid_out" in scratch_shapes(problem, config)
     assert "laid_out" not in scratch_shapes(problem, dataclasses.replace(config, parallel=True))
     check(problem, config)
+
+
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+@pytest.mark.parametrize("m", [4, 80])
+def test_mxfp4_is_exact(chip, m):
+    """Scales that are powers of two: scaled in bfloat16, no weight is rounded."""
+    problem = MatmulProblem(m, 512, 256, "table4", "bfloat16", 32, out_dtype="float32", e2m1=True)
+    case, config = cases.make(problem), choose_config(problem, CHIPS[chip])
+    scale = 2.0 ** np.round(np.log2(case.arrays["scale"]))
+    case.arrays["scale"][:] = scale
+    values = np.asarray(E2M1)[np.asarray(case.arrays["codes"]).astype(int) + 8]
+    w = values * np.repeat(scale.astype(np.float64), 32, 0)
+    x = np.asarray(case.arrays["x"].astype(jnp.float32), np.float64)
+    got = np.asarray(cases.run(problem, config, case), np.float64)
+    assert (np.abs(got - x @ w) <= 1e-6 * (np.abs(x) @ np.abs(w))).all()
 
 
 def test_k_that_is_no_multiple_of_a_chunk():
