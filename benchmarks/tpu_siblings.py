@@ -4,7 +4,9 @@
 a branch for each, of which a step takes one; the estimator of cycles counts all of them at every
 step, so the length of a branch is compared instead with that of a weight's own kernel. What one
 launch spares besides its own fixed cost: the first blocks of the other weights, which no work
-before them hides. Needs libtpu; see `benchmarks.tpu_aot`.
+before them hides. Gate and up with silu(gate) * up in the same launch (`tpu.gated`) has an estimate,
+and is compared with both products and the bytes of what follows them. Needs libtpu; see
+`benchmarks.tpu_aot`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +23,8 @@ import jax.numpy as jnp
 from benchmarks.tpu_aot import Job, measure
 from benchmarks.tpu_static import RESULTS
 from jaxquant.pallas_kernels.problem import STORAGE, MatmulProblem
-from jaxquant.pallas_kernels.tpu.chips import CHIPS
+from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
+from jaxquant.pallas_kernels.tpu.gated import choose_gated_config, gated_matmul
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.siblings import choose_sibling_config, sibling_matmuls
@@ -32,6 +35,11 @@ NOTE = (
     " VMEM; how long the first block of a weight takes to arrive, which its own launch waits for."
 )
 SETS = {"query, key, value": (4096, 1024, 1024), "gate, up": (14336, 14336)}
+GATED = ((16, 14336), (1024, 4096))
+GATED_NOTE = (
+    "silu(gate) * up: the estimates of two products of their own, the bytes of what multiplies them"
+    " afterwards (two results are read, one is written), and the estimate of one launch for all."
+)
 FORMATS: dict[str, dict[str, Any]] = {
     "w4a16 g128": {"codes": "int4", "group": 128},
     "w4a8 g128": {"codes": "int4", "group": 128, "x_dtype": "int8", "x_scale": True},
@@ -70,6 +78,47 @@ def siblings(product: dict[str, Any], columns: Sequence[int], chip: str) -> tupl
     return fn, (x, codes, scales, x_scale), 0
 
 
+def gated(product: dict[str, Any], chip: str) -> tuple[Any, Any, int]:
+    """silu(x @ gate) * (x @ up) in one launch."""
+    p = MatmulProblem(**product)
+    config = choose_gated_config(p, CHIPS[chip])
+    struct = jax.ShapeDtypeStruct
+    x = struct((p.m, p.k), jnp.dtype(p.x_dtype))
+    codes = struct((p.code_rows, p.n), jnp.dtype(STORAGE[p.codes][0]))
+    weight = (codes, struct((p.groups, p.n), jnp.float32))
+    x_scale = struct((p.m, 1), jnp.float32) if p.x_scale else None
+
+    def fn(x: Any, gate: Any, up: Any, x_scale: Any) -> Any:
+        both = (*gate, None), (*up, None)
+        return gated_matmul(x, *both, problem=p, config=config, x_scale=x_scale)
+
+    return fn, (x, weight, weight, x_scale), 0
+
+
+def _gated_lines(chip: Chip) -> Iterator[str]:
+    """Of few and of many rows: both products, what multiplies them, and the one launch."""
+    bandwidth = chip.hbm_bandwidth * chip.cores / 1e6
+    for (m, n), (label, fields) in itertools.product(GATED, FORMATS.items()):
+        p = MatmulProblem(m, 4096, n, **fields)
+        product = {"product": dataclasses.asdict(p), "chip": chip.name}
+        one = {**product, "columns": [n]}
+        jobs = [
+            Job("one", "benchmarks.tpu_siblings:siblings", one),
+            Job("gated", "benchmarks.tpu_siblings:gated", product),
+        ]
+        got = measure(jobs, chip.name)
+        cells = [f"{chip.name}, {m} x 4096 x {n}, {label}"]
+        moved = {"one": p.least_bytes, "gated": p.least_bytes + p.weight_bytes}
+        times = {
+            name: max((static.cycles or 0) / chip.clock * 1e6, moved[name] / bandwidth)
+            for name, static in got.items()
+        }
+        after = 3 * 2 * m * n / bandwidth
+        cells += [f"{2 * times['one']:.1f} us", f"{after:.1f} us"]
+        cells += [got["gated"].error or f"{times['gated']:.1f} us", str(got["gated"].spills)]
+        yield f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     """Compiles, writes, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,6 +154,10 @@ def main() -> None:
                     f" {one.error or one.bundles // count} bundles | {one.spills} |"
                     f" {one.vmem / 2**20:.0f} MiB | {firsts[name]:.1f} us |"
                 )
+    lines += ["", GATED_NOTE, "", "| chip, product, format | both | silu, times | gated | spills |"]
+    lines.append("|---|---|---|---|---|")
+    for chip in arguments.chips:
+        lines += _gated_lines(CHIPS[chip])
     text = "\n".join(lines) + "\n"
     (RESULTS / "tpu-siblings.md").write_text(f"# Siblings\n\n{NOTE}\n\n{text}")
     print(text)
