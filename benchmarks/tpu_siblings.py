@@ -4,7 +4,7 @@
 a branch for each, of which a step takes one; the estimator of cycles counts all of them at every
 step, so the length of a branch is compared instead with that of a weight's own kernel. What one
 launch spares besides its own fixed cost: the first blocks of the other weights, which no work
-before them hides. One launch for silu(gate) * up (`tpu.gated`) has an estimate, and is compared with
+before them hides. One launch for silu(gate) * up (`tpu.gated`) has an estimate; it is compared with
 both products and the bytes of what follows them. Needs libtpu; see `benchmarks.tpu_aot`.
 """
 
