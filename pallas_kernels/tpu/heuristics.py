@@ -221,7 +221,7 @@ def _targets(
     if chip.has_bf16_vpu:
         large = {"end": (1024, 512, deep), "before": (512, 1024, 8192), "after": (512, 512, 8192)}
         return large[scale], (512, 512, 8192), *smaller
-    if scale == "end":
+    if scale == "end" or (scale == "before" and STORAGE[problem.codes][1] == 8):
         return (512, 512, deep), *smaller
     # Where unpacking leaves few registers, 256 rows spill fewer, and their first block is there
     # sooner; all of k at once, and columns, keep a step of them long.
