@@ -215,7 +215,8 @@ def _targets(
         return tuple((problem.m, *block) for block in blocks)
     # Whole columns of k where they fit: sums then stay in the matrix units' queue.
     if chip.vmem_bytes <= 16 * _MIB:
-        return (256, 512, 2048), (256, 256, 2048), (256, 256, 512), (64, 128, 256)
+        few = (256, 256, 2048), (256, 256, 512), (64, 128, 256)
+        return (256, 1024, 2048), (256, 512, 2048), *few
     smaller = (512, 512, 4096), (512, 512, 1024), (256, 256, 512), (128, 128, 256)
     deep = 8192 if dtype_bytes(problem.x_dtype) > 1 else 16384
     if chip.has_bf16_vpu:
