@@ -116,9 +116,10 @@ def forward(quick: bool) -> Figure:
     )
     return Figure(
         title=f"w8a8 forward of the trained model, prefill {rows}x{length}",
-        target="as fast as XLA's int8 dots allow, the float share named (newest jax)",
+        target="at least 2x, and as fast as XLA's int8 dots allow, the float share named",
         rows=table,
         met={
+            "2x": faster >= 2,
             "90% of the bound by the dots": faster >= 0.9 * bound,
             "ahead of Qwix on the same ops": same >= theirs_same,
         }
@@ -127,7 +128,7 @@ def forward(quick: bool) -> Figure:
         summary=[
             summary_line(
                 f"w8a8 forward, prefill {rows}x{length}, times as fast as float32",
-                f"{bound:.2f}, what the int8 dots allow",
+                f"≥ 2; XLA's int8 dots allow {bound:.2f}",
                 f"{faster:.2f}",
                 "no (tied embedding, scan)",
             ),

@@ -23,6 +23,7 @@ from jax.interpreters import mlir
 
 from jaxquant.core import _compat
 from jaxquant.core.primitives.kernels import Product, choose_kernel, run_joined, run_kernel
+from jaxquant.core.primitives.read_late import read_late
 from jaxquant.core.primitives.weights import (
     act_quant,
     bind_leaves,
@@ -242,6 +243,8 @@ def compute_dot(
     x: jax.Array, quantized: Sequence[jax.Array], w: QTensor, **options: Any
 ) -> jax.Array:
     """The reference's product; `options` are its own."""
+    if options["on_cpu"]:
+        x, quantized, w = read_late(x, quantized, w, options["act"])
     return reference.dot_general(
         x.astype(jnp.promote_types(x.dtype, w.dtype)),
         *reference_parts(w),

@@ -19,6 +19,7 @@ from jax.interpreters import ad, batching
 from jaxquant.core import _compat
 from jaxquant.core.primitives.dot import check_quantized, register_lowerings, split_operands
 from jaxquant.core.primitives.kernels import run_kernel
+from jaxquant.core.primitives.read_late import read_late
 from jaxquant.core.primitives.weights import (
     batch_in_front,
     bind_leaves,
@@ -153,10 +154,13 @@ def make_linear_primitive(
                 surroundings["mesh_axes"] = _compat.mesh_axes(x)
 
         def fn(*args: jax.Array) -> jax.Array:
-            if choice is None or choice.run is None:
-                return flat(*args, tree=tree, x_quantized=x_quantized, **params)
             x, quantized, leaves = split_operands(args, x_quantized)
-            return run_kernel(choice, x, quantized, *unflatten_all(tree, leaves))
+            w, *extras = unflatten_all(tree, leaves)
+            if choice is not None and choice.run is not None:
+                return run_kernel(choice, x, quantized, w, *extras)
+            if platform == "cpu":
+                x, quantized, w = read_late(x, quantized, w, params["act"])
+            return compute(x, w, *extras, quantized_x=quantized, **params)
 
         return _compat.lower_without_shardings(fn, **surroundings)(ctx, *args)
 
