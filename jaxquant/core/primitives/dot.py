@@ -34,7 +34,7 @@ from jaxquant.core.primitives.weights import (
 )
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels import reference
-from jaxquant.pallas_kernels.activation import ActQuant
+from jaxquant.pallas_kernels.activation import ActQuant, quantize_activation
 from jaxquant.pallas_kernels.dispatch import (
     PLATFORMS,
     Choice,
@@ -243,10 +243,14 @@ def compute_dot(
     x: jax.Array, quantized: Sequence[jax.Array], w: QTensor, **options: Any
 ) -> jax.Array:
     """The reference's product; `options` are its own."""
+    act, x = options["act"], x.astype(jnp.promote_types(x.dtype, w.dtype))
     if options["on_cpu"]:
-        x, quantized, w = read_late(x, quantized, w, options["act"])
+        if act is not None and not act.static and not quantized:
+            # Here, so that behind the barrier it is the program of codes that are given: bit-equal.
+            quantized = quantize_activation(x, act)
+        x, quantized, w = read_late(x, quantized, w, act)
     return reference.dot_general(
-        x.astype(jnp.promote_types(x.dtype, w.dtype)),
+        x,
         *reference_parts(w),
         w.input_scale,
         (quantized[0], quantized[1]) if quantized else None,

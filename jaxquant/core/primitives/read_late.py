@@ -21,7 +21,7 @@ from jaxquant.pallas_kernels.activation import ActQuant
 def read_late(
     x: jax.Array, quantized: Sequence[jax.Array], w: QTensor, act: ActQuant | None
 ) -> tuple[jax.Array, list[jax.Array], QTensor]:
-    """The operands of a product, such that the weight is not read before the input is there.
+    """The operands of a product, such that the weight cannot be read before its input is there.
 
     Args:
       x: the input.
@@ -29,12 +29,13 @@ def read_late(
       w: the weight.
       act: how the input is quantized, or None.
     """
-    operands = x, list(quantized)
+    quantized = list(quantized)
     if w.codes.dtype == jnp.int8 and act is not None and act.dtype == "int8":
-        return *operands, w  # multiplied as it lies
+        return x, quantized, w  # multiplied as it lies
     if w.codes.dtype != jnp.int4:
-        return jax.lax.optimization_barrier((*operands, w))
+        return jax.lax.optimization_barrier((x, quantized, w))
     # A scan's slice of int4 is int8 in truth, and a barrier would make XLA pack it: instead a zero
     # that is known no sooner than x is added wherever codes are read.
-    zero, *operands = jax.lax.optimization_barrier((jnp.zeros((), jnp.int4), *operands))
-    return *operands, w.replace(codes=w.codes + zero)
+    zero = jnp.zeros((), jnp.int4)
+    x, quantized, zero = jax.lax.optimization_barrier((x, quantized, zero))
+    return x, quantized, w.replace(codes=w.codes + zero)
