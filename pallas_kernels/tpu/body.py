@@ -342,8 +342,8 @@ def _after(
             if i % cut.per_read == 0:
                 read = _operand(refs, problem, config, cut, i // cut.per_read)
             at = i % cut.per_read * cut.size
-            own_codes = read if cut.per_read == 1 else read[at : at + cut.size]
-            more = dot(_x_chunk(refs, config, cut, i), own_codes)
+            x = _x_chunk(refs, config, cut, i)
+            more = dot(x, read if cut.per_read == 1 else read[at : at + cut.size])
             part = more if part is None else part + more
             rows = slice(i * cut.stack * bm, (i + 1) * cut.stack * bm)
             for name in corrections:
