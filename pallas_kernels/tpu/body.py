@@ -419,14 +419,10 @@ def _stacked(rows: list[jax.Array]) -> jax.Array:
 def _float_codes(
     refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, chunk: int
 ) -> jax.Array:
-    """The codes of one chunk as floats [size, bn] to be scaled, in the order of the reading.
-
-    E2M1 stays in bfloat16, and is scaled in it: exactly where scales are powers of two (mxfp4).
-    """
+    """The codes of one chunk [size, bn] as they are scaled, in the order of the reading."""
     if config.reading == "cast":
         return refs["codes"][chunk * cut.size : (chunk + 1) * cut.size, :].astype(jnp.float32)
-    w = _operand(refs, problem, config, cut, chunk)
-    return w if config.reading in ("e2m1", "float4") else w.astype(jnp.float32)
+    return _operand(refs, problem, config, cut, chunk).astype(config.scaled_in)
 
 
 def _spread(

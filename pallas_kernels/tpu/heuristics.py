@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from jaxquant.pallas_kernels.problem import (
     PACKED,
@@ -240,7 +241,10 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
     bm = min(_up(wanted.bm, 16), _up(p.m, 16))
     bn = p.n if p.n <= wanted.bn else near_divisor(p.n, wanted.bn)
     bk = _block_of_k(p.k, _granule(p), wanted.bk)
-    config = dataclasses.replace(wanted, bm=bm, bn=bn, bk=bk, parallel=chip.cores > 1)
+    scaled_in: Any = "bfloat16" if p.e2m1 and chip.has_bf16_vpu else "float32"
+    config = dataclasses.replace(
+        wanted, bm=bm, bn=bn, bk=bk, parallel=chip.cores > 1, scaled_in=scaled_in
+    )
     try:
         Chunks.make(p, config)
     except ValueError as uneven:

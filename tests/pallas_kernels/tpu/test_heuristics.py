@@ -28,9 +28,12 @@ def test_scales_meet_whichever_is_smaller(rows, group, scale):
     + [("v6e", 1, 32, "before"), ("v7x", 1, 16, "before"), ("v6e", 16, 128, "after")],
 )
 def test_e2m1_is_scaled_in_bfloat16(chip, rows, group, scale):
-    """Where there is arithmetic on it, few rows too; groups of 16 everywhere."""
+    """Where there is arithmetic on it, few rows too; groups of 16 before the dot everywhere."""
     problem = MatmulProblem(rows, 4096, 4096, "table4", group=group, e2m1=True)
-    assert by_rules(problem, CHIPS[chip]).scale == scale
+    config = by_rules(problem, CHIPS[chip])
+    scaled_in = "bfloat16" if CHIPS[chip].has_bf16_vpu else "float32"
+    assert (config.scale, config.scaled_in) == (scale, scaled_in)
+    assert by_rules(INT4, CHIPS[chip]).scaled_in == "float32"
 
 
 @pytest.mark.parametrize(
