@@ -40,8 +40,8 @@ _MANTISSA = 7  # bits of bfloat16's
 # The lowest code and the distance of neighbours.
 _GRID = {"int4": (-8, 1), "int2": (-3, 2), "int3": (-4, 1)}
 # By plane of 16 rows, each with a code of the low and one of the high half of every word: by how
-# many bits the word is shifted to the right, and where in the halves the codes are then. int3: five
-# planes of each word of a triple (`_aligned`), and two codes that lie across words.
+# many bits the word is shifted to the right, and where in the halves the codes are then. int3: of
+# each word of a triple, once it is shifted to where the middle one has its ten codes.
 _INT4 = tuple((4 * i, 0, 0) for i in range(4))
 _INT2 = tuple((s, 2 * i - s, 2 * i - s) for i, s in enumerate((-1, 0, 0, 5, 5, 5, 9, 9)))
 _INT3 = tuple((s, 1 + 3 * i - s, 3 * i - s) for i, s in enumerate((0, 0, 6, 6, 12)))
@@ -60,7 +60,7 @@ def offsets(codes: str, rows: int, columns: int, *, stored: bool = False) -> jax
 
     Args:
       codes: "int4", "int2" or "int3".
-      rows: of the operand, whole units.
+      rows: of the operand, whole units; of stored ones, whole words (of int3: triples).
       columns: all are alike.
       stored: of rows in the order in which the codes are stored.
     """
