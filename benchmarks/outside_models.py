@@ -2,18 +2,23 @@
 
     python -m benchmarks.outside_models [--only NAME ...] [--flax-examples DIR] [--json FILE]
 
-For every model in `benchmarks.outside_adapters` whose package is installed:
+For every model in `benchmarks.outside_adapters`, `benchmarks.outside_transformers` and
+`benchmarks.outside_linen` whose package is installed:
 
 * with float weights the decorated model gives the very bits of the undecorated one;
 * the plan has a row for each product (dot, convolution) of the traced program, and every product
   of a parameter is quantized, none on a dequantized copy;
-* w4a16 (groups of 32): the largest difference to the float model with the dequantized weights,
-  relative to the largest output, which is rounding;
+* w4a16 (groups of 32; w8a16 where a width has none): the largest difference to the float model
+  with the dequantized weights, relative to the largest output, which is rounding;
 * w8a8: the signal-to-noise ratio to the float model, in dB;
 * the quantized tree, saved and restored without a template, is the same bit by bit.
 
-It prints a table in Markdown, which docs/compatibility.md shows. Install the packages with
-``--no-deps`` in an environment of their own: some pin old versions of JAX's numpy.
+It prints the rows, and with ``--json`` keeps them in FILE and, as a table, in FILE's ``.md``: rows
+of earlier runs on the same versions and flags stay, those of the same model are replaced. A package
+that cannot be imported and a model that fails have their reason there; the exit code is 1 if one
+failed. Install the packages with ``--no-deps`` in an environment of their own: some pin old
+versions of JAX's numpy. The kept tables were run with
+``XLA_FLAGS=--xla_backend_optimization_level=0``, so that XLA does less on a busy CPU.
 """
 
 from __future__ import annotations
@@ -22,9 +27,11 @@ import argparse
 import importlib.metadata
 import json
 import os
+import platform
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +45,27 @@ from flax import nnx
 
 import jaxquant as jq
 from benchmarks import outside_adapters as adapters
+from benchmarks import outside_linen, outside_transformers
 from jaxquant.core.qtensor import is_qtensor
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-COLUMNS = ("package", "model", "float bits", "products", "quantized", "w4a16 error", "w8a8 dB")
-COLUMNS += ("restored",)
+COLUMNS = ("package", "model", "float bits", "products", "quantized", "recipe", "error")
+COLUMNS += ("w8a8 dB", "restored")
+
+PACKAGES: dict[str, Callable[[], Iterator[adapters.Named]]] = {
+    "transformers": outside_transformers.transformers,
+    "google-tunix": adapters.tunix,
+    "gemma": adapters.gemma,
+    "diffusers": outside_linen.diffusers,
+    "jax-resnet": outside_linen.jax_resnet,
+    "flaxmodels": outside_linen.flaxmodels,
+    "keras": adapters.keras,
+    "dm-haiku": adapters.haiku,
+    "equinox": adapters.equinox,
+    "equimo": adapters.equimo,
+    "penzai": adapters.penzai,
+}
+"""Distribution name -> its adapter."""
 
 
 def check(built: adapters.Built) -> dict[str, Any]:
@@ -68,7 +91,7 @@ def check(built: adapters.Built) -> dict[str, Any]:
     plain = jax.jit(lambda tree, arrays: run(model, tree, arrays))
     quantized = jax.jit(lambda tree, arrays: run(decorated, tree, arrays))
     wanted = plain(tree, arrays)
-    plan = jq.explain(decorated, *first, *args, recipe="w4a16_g32", **kwargs)
+    plan = jq.explain(decorated, *first, *args, recipe=built.recipe, **kwargs)
     of_parameters = [r for r in plan.rows if r.kind not in ("other", "embed") and r.param]
     seen = sum(r.kind not in ("other", "embed") for r in plan.rows)
     traced = sum(_count(jax.make_jaxpr(plain)(tree, arrays).jaxpr))
@@ -77,10 +100,10 @@ def check(built: adapters.Built) -> dict[str, Any]:
         done = jq.ptq(decorated, *first, *args, recipe=recipe, progress=False, **kwargs)
         return nnx.state(done) if built.tree is None else done
 
-    w4, w8 = ptq("w4a16_g32"), ptq("w8a8")
+    coded, w8 = ptq(built.recipe), ptq("w8a8")
     with tempfile.TemporaryDirectory() as folder:
         # Trees of foreign classes (Equinox) are saved as the list of their leaves.
-        leaves = jax.tree.leaves(w4, is_leaf=is_qtensor)
+        leaves = jax.tree.leaves(coded, is_leaf=is_qtensor)
         jq.save(Path(folder) / "checkpoint", leaves)
         restored = jq.restore(Path(folder) / "checkpoint")
     return {
@@ -88,7 +111,8 @@ def check(built: adapters.Built) -> dict[str, Any]:
         "products": f"{seen} of {traced}",
         "quantized": f"{sum(r.status == 'quantized' for r in of_parameters)} of "
         f"{len(of_parameters)}",
-        "w4a16 error": f"{_error(quantized(w4, arrays), plain(jq.dequantize(w4), arrays)):.0e}",
+        "recipe": built.recipe,
+        "error": f"{_error(quantized(coded, arrays), plain(jq.dequantize(coded), arrays)):.0e}",
         "w8a8 dB": f"{_decibels(quantized(w8, arrays), wanted):.0f}",
         "restored": _same(restored, leaves),
     }
@@ -131,38 +155,82 @@ def _decibels(got: Any, wanted: Any) -> float:
 
 
 def rows(only: list[str], examples: Path | None) -> Iterator[dict[str, Any]]:
-    """One row for each model that can be had; what is missing is printed."""
-    for package, adapter in adapters.PACKAGES.items():
-        try:
-            label = f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            print(f"not installed: {package}")
-            continue
-        for name, build in adapter():
-            if not only or any(text in f"{label} {name}" for text in only):
-                yield {"package": label, "model": name, **check(build())}
+    """One row for each model; a package that cannot be had is one row with the reason."""
+    sources = dict(PACKAGES)
     if examples is not None:
-        for name, build in adapters.flax_examples(examples):
-            if not only or any(text in f"flax examples {name}" for text in only):
-                yield {"package": "flax examples", "model": name, **check(build())}
+        sources["flax examples"] = lambda: outside_linen.flax_examples(examples)
+    for package, adapter in sources.items():
+        label = package
+        if package in PACKAGES:
+            try:
+                label += f" {importlib.metadata.version(package)}"
+            except importlib.metadata.PackageNotFoundError:
+                print(f"not installed: {package}")
+                continue
+        for name, build in adapter():
+            row = {"package": label, "model": name}
+            if only and not any(text in f"{label} {name}" for text in only):
+                continue
+            try:
+                row |= check(build())
+            except ImportError as error:
+                row |= {"not run": str(error)}
+            except Exception as error:  # noqa: BLE001 - a finding of the table; the others go on
+                row |= {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            yield row
 
 
-def main() -> None:
-    """Runs what was asked for."""
+def _setting() -> dict[str, str]:
+    """What a table's rows have in common."""
+    names = ("jax", "jaxlib", "flax", "numpy")
+    python = {"python": platform.python_version()}
+    flags = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    return python | {n: importlib.metadata.version(n) for n in names} | flags
+
+
+def _table(found: list[dict[str, Any]]) -> str:
+    """All rows that ran in Markdown, then a line for each that did not."""
+    ran = [row for row in found if "restored" in row]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(str(row[name]) for name in COLUMNS) + " |" for row in ran]
+    for row in found:
+        for word in ("not run", "failed"):
+            if word in row:
+                lines.append(f"\n{row['package']}, {row['model']}: {word}: {row[word]}")
+    return "\n".join(lines) + "\n"
+
+
+def _write(file: Path, row: dict[str, Any]) -> None:
+    """Puts one row into ``file`` and its table beside it; rows of another setting go."""
+    setting = _setting()
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    old = kept["rows"] if kept.get("setting") == setting else []
+    key = (row["package"], row["model"])
+    found = [r for r in old if (r["package"], r["model"]) != key] + [row]
+    order = [*PACKAGES, "flax examples"]
+    found.sort(key=lambda r: next(i for i, p in enumerate(order) if r["package"].startswith(p)))
+    command = "python -m benchmarks.outside_models --flax-examples DIR/examples --json FILE"
+    file.write_text(json.dumps({"setting": setting, "command": command, "rows": found}, indent=1))
+    head = "# Models of others, on the CPU: " + ", ".join(" ".join(v) for v in setting.items())
+    file.with_suffix(".md").write_text(f"{head}\n\n`{command}`\n\n{_table(found)}")
+
+
+def main() -> int:
+    """Runs what was asked for; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="parts of names")
     parser.add_argument("--flax-examples", type=Path, help="Flax's examples/ folder")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument("--json", type=Path, help="file to keep the rows in")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
-    found = []
+    failed = False
     for row in rows(options.only, options.flax_examples):
-        found.append(row)
-        print("| " + " | ".join(str(row[name]) for name in COLUMNS) + " |", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"jax": jax.__version__, "rows": found}, indent=1))
+        print(json.dumps(row), flush=True)
+        failed |= "failed" in row
+        if options.json:
+            _write(options.json, row)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
