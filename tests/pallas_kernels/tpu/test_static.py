@@ -174,14 +174,14 @@ def test_every_format_has_a_floor(chip):
 
 
 def test_floors_of_tables_and_of_int4():
-    """E2M1 by its bits is half of a table; v7x has a conversion; int4 is multiplied as is."""
+    """E2M1 by its bits is less than half of a table; v7x has a conversion; int4 is taken as is."""
     nf4 = MatmulProblem(16, 4096, 4096, "table4", group=64)
     e2m1 = dataclasses.replace(nf4, e2m1=True)
 
     def vector(problem, chip):
         return tpu_floor.floor(problem, "bfloat16", CHIPS[chip]).times["vector"]
 
-    assert 1.6 < vector(nf4, "v5e") / vector(e2m1, "v5e") < 1.9
+    assert 2.1 < vector(nf4, "v5e") / vector(e2m1, "v5e") < 2.3
     assert vector(e2m1, "v7x") < vector(e2m1, "v6e") / 3
     int4 = MatmulProblem(1024, 4096, 4096, "int4", "int4", x_scale=True)
     times = {o: tpu_floor.floor(int4, o, V5E).times["matrix"] for o in ("int4", "int8")}
