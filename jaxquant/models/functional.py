@@ -67,16 +67,17 @@ def grouped_attention(
     """
     batch, length, heads, head_dim = query.shape
     kv_heads, keys = key.shape[2], key.shape[1]
-    # Query heads of one key head are stacked as rows, [B, K, G T, head_dim]: then the products are
-    # plain batched matrix products whose results lie as the softmax reads them. As n-ary einsums
-    # they came out transposed, and XLA turned all B H T S scores twice.
+    # Query heads of one key head are stacked as rows, [B, K, G T, head_dim]: then the results of the
+    # products lie as the softmax reads them. With an axis for each of G and T they came out
+    # transposed, and XLA turned all B H T S scores twice.
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
-    scores = (rows * head_dim**-0.5) @ key.transpose(0, 2, 3, 1)
+    scores = jnp.einsum("bkrd,bskd->bkrs", rows * head_dim**-0.5, key)
     scores = scores.astype(jnp.float32).reshape(batch, heads, length, keys)
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    mixed = probabilities.reshape(batch, kv_heads, -1, keys) @ value.transpose(0, 2, 1, 3)
+    probabilities = probabilities.reshape(batch, kv_heads, -1, keys)
+    mixed = jnp.einsum("bkrs,bskd->bkrd", probabilities, value)
     return mixed.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
 
 

@@ -270,7 +270,7 @@ def test_the_proof_names_every_step():
     )  # fmt: skip
     (value,) = group.producers
     assert [s.op for s in value.steps if not s.op.startswith("scan")] == [
-        "dot_general", "transpose", "dot_general", "reshape", "transpose",
+        "dot_general", "dot_general", "reshape", "transpose",
     ]  # fmt: skip
     text = group.proof()
     assert "32 channels, 16 independent factors" in text
