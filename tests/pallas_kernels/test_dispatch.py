@@ -109,8 +109,8 @@ REFUSALS = [
         ("TPU v5 lite", 8, 1, "int4, scale on the output", "one scale a column"),
         ("TPU v5 lite", 8, 2, "int4, scale after the dot", "groups of 128"),
         ("TPU v6 lite", 256, 2, "int4, scale before", "int4 inputs are multiplied as bfloat16"),
-        ("TPU7x", 8, 2, "int4, scale after", "int4 inputs are multiplied as bfloat16"),
-        ("TPU7x", 8, 1, "int4, scale on the output", "int4 inputs are multiplied as bfloat16"),
+        ("TPU7x", 8, 2, "int4, scale after", "int4 inputs are multiplied as float8_e4m3fn"),
+        ("TPU7x", 8, 1, "int4, scale on the output", "int4 inputs are multiplied as float8_e4m3fn"),
         ("TPU7x", 65, 1, "xla", "XLA fuses the conversion of codes into its own dot"),
         ("NVIDIA H200", 8, 2, "xla", "pallas cuda: "),  # why depends on JAX's version
     ],
