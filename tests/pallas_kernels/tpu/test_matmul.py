@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(Unsupported, match="groups of 16 are no multiple of 32"):
         choose_config(dataclasses.replace(problem, group=16), CHIPS["v5e"])
     uneven = MatmulProblem(8, 768, 128, "int3", group=96)
-    with pytest.raises(Unsupported, match="chunks of 256 and groups of 96"):
+    with pytest.raises(Unsupported, match="chunks of 128 and groups of 96"):
         choose_config(uneven, CHIPS["v5e"])
     with pytest.raises(ValueError, match="blocks of 192"):
         cases.run(problem, dataclasses.replace(config, bk=192), cases.make(problem))
