@@ -108,13 +108,15 @@ def _gated_lines(chip: Chip) -> Iterator[str]:
         got = measure(jobs, chip.name)
         cells = [f"{chip.name}, {m} x 4096 x {n}, {label}"]
         moved = {"one": p.least_bytes, "gated": p.least_bytes + p.weight_bytes}
-        times = {
-            name: max((static.cycles or 0) / chip.clock * 1e6, moved[name] / bandwidth)
-            for name, static in got.items()
-        }
-        after = 3 * 2 * m * n / bandwidth
-        cells += [f"{2 * times['one']:.1f} us", f"{after:.1f} us"]
-        cells += [got["gated"].error or f"{times['gated']:.1f} us", str(got["gated"].spills)]
+        for name, count in (("one", 2), ("gated", 1)):
+            static = got[name]
+            if static.cycles is None:
+                cells.append(static.error or "no estimate")
+                continue
+            time = max(static.cycles / chip.clock * 1e6, moved[name] / bandwidth)
+            cells.append(f"{count * time:.1f} us")
+        cells.insert(2, f"{3 * 2 * m * n / bandwidth:.1f} us")
+        cells.append(str(got["gated"].spills))
         yield f"| {' | '.join(cells)} |"
 
 
