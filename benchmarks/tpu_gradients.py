@@ -94,7 +94,9 @@ def _shown(chip: Chip, problem: MatmulProblem, static: Static | None) -> str:
 def main() -> None:
     """Compiles, prints, and writes after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", nargs="+", default=["v6e", "v7x", "v5p", "v4"], choices=list(CHIPS))
+    parser.add_argument(
+        "--chips", nargs="+", default=["v6e", "v7x", "v5p", "v4"], choices=list(CHIPS)
+    )
     given = parser.parse_args()
     lines = ["| chip | m x k x n | kernel | XLA | XLA's HBM temporaries |", "|---|---|---|---|---|"]
     for m, k, n in SIZES:
