@@ -67,8 +67,8 @@ def grouped_attention(
     """
     batch, length, heads, head_dim = query.shape
     kv_heads, keys = key.shape[2], key.shape[1]
-    # Query heads of one key head are stacked as rows, [B, K, G T, head_dim]: then the results of the
-    # products lie as the softmax reads them. With an axis for each of G and T they came out
+    # Query heads of one key head are stacked as rows, [B, K, G T, head_dim]: then the results of
+    # the products lie as the softmax reads them. With an axis for each of G and T they came out
     # transposed, and XLA turned all B H T S scores twice.
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)

@@ -29,13 +29,13 @@ def read_late(
       w: the weight.
       act: how the input is quantized, or None.
     """
-    quantized = list(quantized)
+    given = list(quantized)
     if w.codes.dtype == jnp.int8 and act is not None and act.dtype == "int8":
-        return x, quantized, w  # multiplied as it lies
+        return x, given, w  # multiplied as it lies
     if w.codes.dtype != jnp.int4:
-        return jax.lax.optimization_barrier((x, quantized, w))
+        return jax.lax.optimization_barrier((x, given, w))
     # A scan's slice of int4 is int8 in truth, and a barrier would make XLA pack it: instead a zero
     # that is known no sooner than x is added wherever codes are read.
     zero = jnp.zeros((), jnp.int4)
-    x, quantized, zero = jax.lax.optimization_barrier((x, quantized, zero))
-    return x, quantized, w.replace(codes=w.codes + zero)
+    x, given, zero = jax.lax.optimization_barrier((x, given, zero))
+    return x, given, w.replace(codes=w.codes + zero)

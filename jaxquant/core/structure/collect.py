@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 from jax import lax
 
 from jaxquant.core import _compat
@@ -54,7 +55,7 @@ def all_gather(w: QTensor, axis_name: Sequence[str], dimension: int) -> QTensor:
     )
 
 
-def _gather(x: Part, axis_name: Sequence[str], dimension: int) -> Part:
+def _gather(x: jax.Array, axis_name: Sequence[str], dimension: int) -> jax.Array:
     return lax.all_gather(x, tuple(axis_name), axis=dimension, tiled=True)
 
 
