@@ -7,6 +7,10 @@ import pytest
 
 import jaxquant as jq
 
+ordered = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="jax 0.10 drops the barriers before it orders operations"
+)
+
 LAYERS, WIDTH = 6, 128
 X = jax.random.normal(jax.random.key(0), (4, WIDTH))
 PARAMS = {
@@ -29,9 +33,7 @@ def convolved(params, x):
     return x
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="jax 0.10 drops the barriers before it orders operations"
-)
+@ordered
 @pytest.mark.parametrize("recipe", ["w8a16", "w4a16_g32", "w4a8", "w3a16", "nf4", "fp8"])
 def test_no_more_than_two_layers_are_floats_at_once(recipe):
     fn = jq.quantize(recipe)(dense)
@@ -43,9 +45,7 @@ def test_no_more_than_two_layers_are_floats_at_once(recipe):
         np.testing.assert_allclose(compiled(qparams, X), dense(floats, X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="jax 0.10 drops the barriers before it orders operations"
-)
+@ordered
 def test_nor_kernels_of_convolutions():
     fn, x = jq.quantize("w8a16")(convolved), X[None]
     qparams = jq.ptq(fn, PARAMS, x, progress=False)

@@ -219,6 +219,12 @@ def test_recorded_figures_are_of_todays_kernels(chip):
     assert sum(row["program"] in record["kernels"] for row in rows) > 7
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_recorded_kernel_compiled(chip):
+    rows = [row for row in tpu_static.recorded(chip)["rows"] if row["name"] in FORMATS]
+    assert rows and [row["program"] for row in rows if row["microseconds"] is None] == []
+
+
 def test_a_fingerprint_is_of_what_is_compiled():
     """Of body, blocks, limits and scratch; not of the job's name."""
     item = program(V5E, "w4a16 g128", 16, 1024, 1024)
