@@ -1,9 +1,9 @@
 """The body of the matmul kernel: one block of x times one block of codes.
 
-Called for each step of the grids that `tpu.matmul` and `tpu.ragged` set up. `_prepare` lays x out
-as the reading of the codes wants it and sums its rows where zero points need that; one of `_end`,
-`_after`, `_before` multiplies; `tpu.epilogue` finishes. What varies is static: the problem and its
-config.
+Called for each step of the grids that `tpu.matmul` and `tpu.ragged` set up. `tpu.prepare` lays x
+out as the reading of the codes wants it and sums its rows where zero points need that; one of
+`_end`, `_after`, `_before` multiplies; `tpu.epilogue` finishes. What varies is static: the problem
+and its config.
 """
 
 from __future__ import annotations
@@ -22,54 +22,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu import e4m3, lookup, reading, split
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
-from jaxquant.pallas_kernels.tpu.config import MatmulConfig, converts_once
+from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
+from jaxquant.pallas_kernels.tpu.prepare import Refs, add, corrections_of, dot, prepare, x_chunk
 from jaxquant.pallas_kernels.tpu.reading import LANES, SHUFFLED, UNITS
 from jaxquant.pallas_kernels.tpu.stream import PARTS
 
-Refs = dict[str, Any]
-
-# Chunks of x are laid out in batches of so many results: one push of the permutation serves them
-# all, and 32 of the 64 registers hold them.
-_LAID_OUT_TOGETHER = 32 * 1024
 # "after" sums strips of so many elements at a time: 16 of the 64 registers.
 _SUMS_IN_REGISTERS = 16 * 1024
 _SUBLANES = 8  # rows of a register of 32 bits
 _OVER_COLUMNS = ("codes", "scale", "zero_point", "bias", "gate", "residual", "out", "acc")
-
-
-def _corrections(problem: MatmulProblem, config: MatmulConfig) -> tuple[str, ...]:
-    """Which sums over x's rows correct the product: "sums" times zero points, and "offsets"."""
-    if config.scale == "before":
-        return ()
-    offsets = ("offsets",) if config.reading == "bits" else ()
-    return (*offsets, "sums") if problem.zero_point else offsets
-
-
-def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, Any]:
-    """The VMEM that a kernel keeps for itself, by the names that `matmul_body` knows."""
-    c, cut = config, Chunks.make(problem, config)
-    shapes: dict[str, Any] = {}
-    if c.bk != problem.k:
-        whole = c.operand.startswith("int") and c.scale == "end"
-        shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
-    rows = cut.count * cut.copies * c.bm
-    if c.reading in SHUFFLED or cut.copies > 1 or converts_once(problem, c):
-        columns = _columns_laid_out(c, cut)
-        shapes["laid_out"] = pltpu.VMEM((rows, columns), jnp.dtype(c.operand))
-    sums = c.bm if c.scale == "end" else cut.count * cut.stack * c.bm
-    for name in _corrections(problem, c):
-        shapes[name] = pltpu.VMEM((sums, LANES), jnp.float32)
-    if split.needs_factor(problem, c):
-        shapes["factor"] = pltpu.VMEM((2 * c.bm, LANES), jnp.float32)
-    if problem.codes == "int3":
-        shapes["words"] = pltpu.VMEM((c.bn // LANES * (3 * c.bk // 32), LANES), jnp.uint32)
-    return shapes
-
-
-def _columns_laid_out(config: MatmulConfig, cut: Chunks) -> int:
-    """Of x's chunks: "e4m3" has two operands below each other."""
-    return cut.size * (2 if config.reading == "e4m3" else 1)
 
 
 def _write(ref: Any, value: jax.Array) -> None:
@@ -111,7 +73,7 @@ def matmul_body(
 
         @pl.when(new_rows if whole else True)
         def _() -> None:
-            _prepare(refs, problem, config, cut, step)
+            prepare(refs, problem, config, cut, step)
 
     starts = _strips(config, cut)
     for start, end in zip(starts, [*starts[1:], config.bn]):
@@ -171,116 +133,11 @@ def _multiply_strip(
     if "acc" not in refs:
         write(refs["out"], finish(total, refs, problem, config))
         return
-    _add(refs["acc"], total, step)
+    add(refs["acc"], total, step)
 
     @pl.when(step == problem.k // config.bk - 1)
     def _() -> None:
         write(refs["out"], finish(refs["acc"][...], refs, problem, config))
-
-
-def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """[m, k] x [k, n] with int32 sums of integers, else float32."""
-    sums = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
-    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=sums)
-
-
-def _prepare(
-    refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
-) -> None:
-    """Fills the scratch `laid_out` and sums: rows of chunk c, group g begin at (c stack + g) bm.
-
-    Where x is cut into parts, those of a chunk follow each other in `laid_out`, each with all
-    groups, and `factor` gets what they must be multiplied by to be x again.
-
-    Permuting columns and summing rows are one product on the matrix units, with a permutation
-    beside columns of what is summed; the matrix units are idle while codes are being unpacked.
-    """
-    shuffled, bm, size = config.reading in SHUFFLED, config.bm, cut.size
-    sides = [reading.permutation(problem.codes, config.reading, size)] if shuffled else []
-    if config.reading == "e4m3":
-        sides = [e4m3.both_orders(size)]
-    laid_out = _columns_laid_out(config, cut)
-    corrections = _corrections(problem, config)
-    for name in corrections:
-        summed = jnp.ones((size, LANES), jnp.float32)
-        if name == "offsets":
-            summed = reading.offsets(problem.codes, size, LANES, stored=True)
-        sides += [_rows_of_group(summed, cut, g) for g in range(cut.stack)]
-    whole = "bfloat16" if cut.parts > 1 else config.operand
-    side = jnp.concatenate(sides, axis=1).astype(whole) if sides else None
-    width = size if side is None else side.shape[1]
-    batch = max(1, _LAID_OUT_TOGETHER // width // bm)
-    up = None
-    if "factor" in refs:
-        refs["factor"][:bm, :], refs["factor"][bm:, :] = split.factors(refs["x"][...])
-        up = refs["factor"][bm:, :]
-    totals: dict[str, jax.Array] = {}
-    for first in range(0, cut.count, batch):
-        chunks = range(first, min(first + batch, cut.count))
-        parts = [refs["x"][:, c * size : (c + 1) * size].astype(whole) for c in chunks]
-        x = y = jnp.concatenate(parts, axis=0)
-        if side is not None:
-            y = dot(x, side).astype(jnp.float32)
-        if shuffled:
-            x, y = y[:, :laid_out].astype(whole), y[:, laid_out:]
-        for i, c in enumerate(chunks):
-            own = slice(i * bm, (i + 1) * bm)
-            if cut.parts > 1:
-                copies = [_group_only(x[own], g, problem, config, cut) for g in range(cut.stack)]
-                rows = pl.ds(c * cut.copies * bm, cut.copies * bm)
-                if up is not None:
-                    copies = [copy * widen(up, size).astype(whole) for copy in copies]
-                refs["laid_out"][rows, :] = split.separated(copies, config.operand)
-            for g in range(cut.stack):
-                rows = pl.ds((c * cut.stack + g) * bm, bm)
-                if "laid_out" in refs and cut.parts == 1:
-                    refs["laid_out"][rows, :] = _group_only(x[own], g, problem, config, cut)
-                for at, name in enumerate(corrections):
-                    first_lane = (at * cut.stack + g) * LANES
-                    sums = y[own, first_lane : first_lane + LANES]
-                    if config.scale == "after":
-                        refs[name][rows, :] = sums if up is None else sums * up
-                    else:  # added up, and subtracted from totals that are as x is again
-                        totals[name] = totals[name] + sums if name in totals else sums
-    for name, total in totals.items():
-        _add(refs[name], total, step)
-
-
-def _rows_of_group(summed: jax.Array, cut: Chunks, group: int) -> jax.Array:
-    """What is summed, [size, 128], with zeros outside the stored rows of one of the groups."""
-    if cut.stack == 1:
-        return summed
-    row = lax.broadcasted_iota(jnp.int32, summed.shape, 0)
-    return jnp.where(row // (cut.size // cut.stack) == group, summed, 0.0)
-
-
-def _group_only(
-    x: jax.Array, group: int, problem: MatmulProblem, config: MatmulConfig, cut: Chunks
-) -> jax.Array:
-    """X with zeros outside one of the chunk's groups."""
-    if cut.stack == 1:
-        return x
-    row = lax.broadcasted_iota(jnp.int32, (1, cut.size), 1)
-    if config.reading in SHUFFLED:
-        row = reading.source_row(problem.codes, config.reading, row)
-    mask = (row // problem.group == group).astype(jnp.float32)
-    return (x.astype(jnp.float32) * mask).astype(x.dtype)
-
-
-def _add(ref: Any, value: jax.Array, step: Any) -> None:
-    @pl.when(step == 0)
-    def _() -> None:
-        ref[...] = jnp.zeros_like(ref)
-
-    ref[...] += value  # one use of the sums: the compiler adds while it multiplies
-
-
-def _x_chunk(refs: Refs, config: MatmulConfig, cut: Chunks, chunk: int) -> jax.Array:
-    """X of one chunk, laid out: [parts * stack * bm, size]."""
-    rows = cut.copies * config.bm
-    if "laid_out" in refs:
-        return refs["laid_out"][chunk * rows : (chunk + 1) * rows, :]
-    return refs["x"][:, chunk * cut.size : (chunk + 1) * cut.size].astype(config.operand)
 
 
 def _operand(
@@ -316,7 +173,7 @@ def _operand(
 def _end(refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks) -> jax.Array:
     total = None
     for c in range(cut.count):
-        part = dot(_x_chunk(refs, config, cut, c), _operand(refs, problem, config, cut, c))
+        part = dot(x_chunk(refs, config, cut, c), _operand(refs, problem, config, cut, c))
         total = part if total is None else total + part
     assert total is not None
     return split.joined(total, cut.parts)
@@ -330,7 +187,7 @@ def _after(
     step: Any,
     await_part: Callable[[int], None],
 ) -> jax.Array:
-    bm, total, corrections = config.bm, None, _corrections(problem, config)
+    bm, total, corrections = config.bm, None, corrections_of(problem, config)
     part_of = {i * cut.count // PARTS: i for i in range(PARTS)}
     first = step * config.bk // problem.group
     for c in range(0, cut.count, cut.per_group):
@@ -342,7 +199,7 @@ def _after(
             if i % cut.per_read == 0:
                 read = _operand(refs, problem, config, cut, i // cut.per_read)
             at = i % cut.per_read * cut.size
-            x = _x_chunk(refs, config, cut, i)
+            x = x_chunk(refs, config, cut, i)
             more = dot(x, read if cut.per_read == 1 else read[at : at + cut.size])
             part = more if part is None else part + more
             rows = slice(i * cut.stack * bm, (i + 1) * cut.stack * bm)
@@ -380,7 +237,7 @@ def _rows_of_block(
 def _before(
     refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks, step: Any
 ) -> jax.Array:
-    chunks = [_x_chunk(refs, config, cut, c) for c in range(cut.count)]
+    chunks = [x_chunk(refs, config, cut, c) for c in range(cut.count)]
     return dot(jnp.concatenate(chunks, axis=1), scaled_block(refs, problem, config, cut, step))
 
 

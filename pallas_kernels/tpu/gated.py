@@ -18,11 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
-from jaxquant.pallas_kernels.tpu.body import matmul_body, scratch_shapes
+from jaxquant.pallas_kernels.tpu.body import matmul_body
 from jaxquant.pallas_kernels.tpu.chips import Chip
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, vmem_bytes
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config, fit
 from jaxquant.pallas_kernels.tpu.matmul import block_specs, kernel_name, kernel_operands
+from jaxquant.pallas_kernels.tpu.prepare import scratch_shapes
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
 _OF_BOTH = ("x", "table", "x_scale")

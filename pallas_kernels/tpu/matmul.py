@@ -18,9 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import E2M1, PACKED, STORAGE, MatmulProblem
 from jaxquant.pallas_kernels.tpu import stream
-from jaxquant.pallas_kernels.tpu.body import matmul_body, scratch_shapes
+from jaxquant.pallas_kernels.tpu.body import matmul_body
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.lookup import TABLE_ROWS, table_rows
+from jaxquant.pallas_kernels.tpu.prepare import scratch_shapes
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
 _ORDER = ("x", "codes", "scale", "zero_point", "table", "x_scale", "bias", "gate", "residual")

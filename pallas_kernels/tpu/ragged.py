@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import MatmulProblem, RaggedProblem
-from jaxquant.pallas_kernels.tpu.body import matmul_body, scratch_shapes
+from jaxquant.pallas_kernels.tpu.body import matmul_body
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.matmul import block_specs, kernel_name, kernel_operands
+from jaxquant.pallas_kernels.tpu.prepare import scratch_shapes
 
 
 class Visits(NamedTuple):

@@ -1,6 +1,6 @@
 """x cut into parts that narrower matrix units multiply exactly.
 
-Called by `tpu.body` where int4 codes are multiplied as float8 (`MatmulConfig.operand`) and x has
+Called by `tpu.prepare` where int4 codes are multiplied as float8 (`MatmulConfig.operand`) and x has
 more bits than that. A push of float8 brings twice as many weights into the matrix units as one of
 bfloat16, and int4 codes are exact in float8_e4m3fn, which has four significant bits. bfloat16 has
 eight, int8 seven and a sign: x is the sum of its rounded value and a remainder of four bits,

@@ -13,11 +13,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import E2M1, MatmulProblem, Unsupported
 from jaxquant.pallas_kernels.tpu import split
-from jaxquant.pallas_kernels.tpu.body import scratch_shapes
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.heuristics import choose_config
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
+from jaxquant.pallas_kernels.tpu.prepare import scratch_shapes
 from tests.pallas_kernels.tpu import cases
 
 
