@@ -60,6 +60,7 @@ class Kernel:
       together: `(problems) -> multiply` of several weights with one x, as one launch: it takes
         sequences of codes, scales and zero points, and returns a list. Raises `Unsupported` where
         they cannot be one; None if no weights can.
+      batched: `multiply` where it is mapped over a batch; None if it cannot be.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Kernel:
     quantize: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     k_minor: bool = False
     together: Callable[[Sequence[MatmulProblem]], Callable[..., list[jax.Array]]] | None = None
+    batched: Callable[..., jax.Array] | None = None
 
 
 def flatten(
@@ -85,7 +87,7 @@ def flatten(
       x_shape: shape of the activation.
       x_dtype: its dtype.
       weight: the weight's static side.
-      axes: which axis does what.
+      axes: which axis does what, without batch axes.
       act: how the activation is quantized first, or None.
       out_dtype: dtype of the result.
       k_last: the contracted axes may as well be the weight's last ones: it is [n, k] then.
@@ -94,8 +96,6 @@ def flatten(
       Unsupported: it is none without copying the weight; says why.
     """
     contract = sorted(axes.w_contract)
-    if axes.w_batch:
-        raise Unsupported("the product has batch axes")
     if not (_k_first(axes) or (k_last and _k_last(axes, len(weight.shape)))):
         ends = "first or last" if k_last else "first"
         raise Unsupported(
@@ -136,7 +136,7 @@ def takes_transposed(weight: Weight, axes: DotAxes) -> bool:
     along its first ones.
     """
     blocks = any(1 < weight.scale_shape[a] < weight.shape[a] for a in axes.w_free)
-    return not axes.w_batch and blocks and _k_last(axes, len(weight.shape))
+    return blocks and _k_last(axes, len(weight.shape))
 
 
 def flatten_transposed(

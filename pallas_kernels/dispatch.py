@@ -26,6 +26,7 @@ from jaxquant.pallas_kernels.as_matrix import (
     flatten_transposed,
     takes_transposed,
 )
+from jaxquant.pallas_kernels.batched import BatchedProduct, one_element
 from jaxquant.pallas_kernels.dot_axes import DotAxes
 from jaxquant.pallas_kernels.gpu.select import select as select_cuda
 from jaxquant.pallas_kernels.problem import MatmulProblem, Unsupported
@@ -142,20 +143,27 @@ def choose(
         if as_it_is and platform.float32 and implementation is None:
             raise Unsupported(f"x is float32: {platform.float32}")
         wanted = implementation is not None or (parts is not None and parts.lone_group)
-        if platform.transposed is not None and takes_transposed(own, axes):
-            problem = flatten_transposed(own_shape, own, axes, act, out_dtype)
+        own_axes = axes
+        if axes.w_batch:
+            own_shape, own, own_axes = one_element(own_shape, own, axes)
+        if platform.transposed is not None and takes_transposed(own, own_axes):
+            problem = flatten_transposed(own_shape, own, own_axes, act, out_dtype)
             kernel = platform.transposed(problem, device_kind, wanted)
-            product: MatrixProduct = TransposedProduct(problem, kernel, own, axes, act)
+            product: MatrixProduct = TransposedProduct(problem, kernel, own, own_axes, act)
         else:
-            problem = flatten(own_shape, x_dtype, own, axes, act, out_dtype, k_last=platform.k_last)
+            k_last = platform.k_last
+            problem = flatten(own_shape, x_dtype, own, own_axes, act, out_dtype, k_last=k_last)
             kernel = platform.select(problem, device_kind, wanted)
-            product = MatrixProduct(problem, kernel, own, axes, act)
+            product = MatrixProduct(problem, kernel, own, own_axes, act)
         reason = kernel.reason + ("" if parts is None else f"; {parts}")
         if product.moves_codes:
             reason += "; codes are transposed at every call: jaxquant.prepare does it once"
         run: Callable[..., jax.Array] = product
+        if axes.w_batch:
+            run = BatchedProduct.make(product, axes)
+            reason += "; mapped over batch axes"
         if parts is not None:
-            run = PartitionedProduct(product, parts, act)
+            run = PartitionedProduct(run, parts, act)
         return Choice(kernel.name, reason, run)
 
     return settle(place, implementation, find)

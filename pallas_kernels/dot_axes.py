@@ -86,6 +86,19 @@ class DotAxes(NamedTuple):
             x_contract=_shifted(self.x_contract), x_batch=_shifted(self.x_batch), x_free=(0,)
         )
 
+    @property
+    def without_batch(self) -> DotAxes:
+        """The same product of one element of the batch axes, which are gone from both operands."""
+        return DotAxes(
+            _ranks(self.x_contract, self.x_batch),
+            (),
+            _ranks(self.x_free, self.x_batch),
+            _ranks(self.w_contract, self.w_batch),
+            (),
+            _ranks(self.w_free, self.w_batch),
+            self.weight_side,
+        )
+
     def without_w_free(self, axis: int) -> DotAxes:
         """The same product after a free axis of the weight was taken out."""
         contract, batch, free = (

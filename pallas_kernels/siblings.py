@@ -65,7 +65,7 @@ def join(runs: Sequence[Any]) -> SiblingProducts | str:
     """
     products = tuple(run for run in runs if isinstance(run, MatrixProduct))
     if len(products) < max(2, len(runs)):
-        return "not all of them are a kernel's, on one device's own arrays"
+        return "not all of them are a kernel's, each a matrix on one device"
     first, *others = products
     together = first.kernel.together
     alike = all(

@@ -5,6 +5,7 @@ One of the platforms of `jaxquant.pallas_kernels.dispatch`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,10 @@ def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
         functools.partial(quantized_matmul, problem=problem, config=config),
         _quantizer(problem, config),
         together=functools.partial(_together, chip=chip),
+        # What a kernel fetches itself is one weight's.
+        batched=functools.partial(
+            quantized_matmul, problem=problem, config=dataclasses.replace(config, stream=False)
+        ),
     )
 
 
@@ -88,6 +93,7 @@ def select_transposed(problem: MatmulProblem, device_kind: str, forced: bool) ->
         f"groups of {problem.group} along the result, {problem.m} rows: scales meet the weight, in"
         " blocks on the chip",
         multiply,
+        batched=multiply,
     )
 
 

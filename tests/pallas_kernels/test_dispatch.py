@@ -135,12 +135,6 @@ def test_why_not(change, reason):
             pick(**arguments, implementation="pallas")
 
 
-def test_batch_axes_are_not_a_matrix():
-    weight = Weight("int4", (3, 256, 128), (3, 4, 128))
-    choice = pick((3, 8, 256), weight, (((2,), (1,)), ((0,), (0,))))
-    assert "batch axes" in choice.reason
-
-
 def test_blocks_over_two_contracted_axes():
     weight = Weight("int4", (4, 64, 128), (2, 2, 128))
     choice = pick((8, 4, 64), weight, (((1, 2), (0, 1)), ((), ())))

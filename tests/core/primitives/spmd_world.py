@@ -39,7 +39,8 @@ def kernels_on_cpu(monkeypatch, interpret=False):
         problems.append(problem)
         if not interpret:
             multiply = functools.partial(_multiply, problem)
-            return Kernel("a matmul on cpu", "this is a test", multiply, k_minor=True)
+            kernel = Kernel("a matmul on cpu", "this is a test", multiply, k_minor=True)
+            return dataclasses.replace(kernel, batched=multiply)
         return _interpreted(select_tpu(problem, "TPU v5 lite", forced))
 
     def select_transposed(problem, device_kind, forced):
@@ -57,7 +58,7 @@ def _interpreted(kernel):
     def multiply(*args, interpret, **options):
         return kernel.multiply(*args, interpret=True, **options)
 
-    return dataclasses.replace(kernel, multiply=multiply, quantize=None)
+    return dataclasses.replace(kernel, multiply=multiply, batched=multiply, quantize=None)
 
 
 def _multiply(problem, x, codes, scale, zero_point, *, x_scale, table, interpret):

@@ -114,6 +114,26 @@ def test_one_axis(problems, kind, w_spec, x_spec):
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("w_spec", [P("model"), P(None, None, "model")], ids=["experts", "columns"])
+def test_an_einsum_over_experts(problems, kind, w_spec):
+    mesh = mesh_of(kind)
+    weights = jax.random.normal(jax.random.key(0), (8, 64, 32))
+    w = quantize_array(weights, "int4", (1, 16, 1))
+    x = jax.random.normal(jax.random.key(1), (8, 6, 64))
+    out = P(*w_spec[:1], "data", *w_spec[2:]) if kind is EXPLICIT else None
+    fn = functools.partial(product, dims=(((2,), (1,)), ((0,), (0,))), out_sharding=out)
+    with jax.set_mesh(mesh):
+        placed = place_weight(w, mesh, w_spec)
+        given = place(x, mesh, P(w_spec[0], "data"))
+        got = jax.jit(fn)(given, placed)
+        moved = collectives(fn, given, placed)
+    close(got, exact(x, w))
+    columns = 8 if len(w_spec) > 1 else 32
+    assert {(p.m, p.k, p.n) for p in problems} == {(3, 64, columns)}
+    assert moved == {}
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("row", [False, True], ids=["column", "row"])
 def test_the_tpu_kernel_itself(monkeypatch, kind, row):
     problems = kernels_on_cpu(monkeypatch, interpret=True)

@@ -94,6 +94,10 @@ def test_every_kernel_compiles(chip):
         arguments = {"problem": back, "chip": chip}
         jobs.append(Job(name, "benchmarks.tpu_gradients:ours", arguments))
     jobs.append(Job("experts", "benchmarks.tpu_experts:product", experts))
+    for act in (False, True):
+        einsum = {"m": 16, "k": 512, "n": 256, "experts": 3, "act": act, "chip": chip}
+        einsum["implementation"] = ""
+        jobs.append(Job(f"einsum {act}", "benchmarks.tpu_batched:product", einsum))
     product = {"m": 16, "k": 512, "n": 256, "group": 64}
     jobs.append(Job("product", "benchmarks.tpu_cases:product", {**product, "qtype": "int4"}))
     channel = {**product, "group": 0, "qtype": "int8"}
@@ -125,6 +129,7 @@ def test_every_kernel_compiles(chip):
     assert chip == "v4" or spills == {}
     assert got["transposed"].kernels == got["prefill transposed"].kernels == 1
     assert got["siblings"].kernels == got["product"].kernels == got["experts"].kernels == 1
+    assert got["einsum False"].kernels == got["einsum True"].kernels == 1
     assert got["channel"].kernels == 0
     # No floor is above what the compiler schedules at best: weights that lie in VMEM.
     floor = tpu_floor.floor(MatmulProblem(16, 1024, 512, "int8"), "bfloat16", CHIPS[chip])
