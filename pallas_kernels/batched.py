@@ -106,9 +106,12 @@ class BatchedProduct:
             return self.product(x, quantized, codes, scale, zero_point, None, interpret)
 
         sizes = codes.shape[: len(self.axes.w_batch)]
+        if quantized is not None:
+            of_x, x_scale = quantized
+            quantized = self._x_elements(of_x, x.shape), self._x_elements(x_scale, x.shape)
         out = jax.vmap(one)(
             self._x_elements(x, x.shape),
-            None if quantized is None else tuple(self._x_elements(q, x.shape) for q in quantized),
+            quantized,
             codes.reshape(-1, *codes.shape[len(sizes) :]),
             self._scale_elements(scale, sizes),
             None if zero_point is None else self._scale_elements(zero_point, sizes),
