@@ -91,7 +91,7 @@ def _strips(config: MatmulConfig, cut: Chunks) -> list[int]:
     if config.scale != "after":
         return [0]
     width = max(2 * LANES, _SUMS_IN_REGISTERS // (config.bm * cut.copies) // LANES * LANES)
-    if cut.per_read > 1:  # what is read at once fills registers, too
+    if cut.per_read > 1 or cut.parts > 1:  # what is read at once fills registers, too
         width = 2 * LANES
     starts = list(range(0, config.bn, width))
     if len(starts) > 1 and config.bn - starts[-1] <= LANES:
@@ -190,6 +190,8 @@ def _after(
     bm, total, corrections = config.bm, None, corrections_of(problem, config)
     part_of = {i * cut.count // PARTS: i for i in range(PARTS)}
     first = step * config.bk // problem.group
+    if cut.parts > 1 and config.bk == problem.k:
+        first = 0  # known before the kernel runs: scales cost no vector operations (`scale_rows`)
     for c in range(0, cut.count, cut.per_group):
         part = None
         sums: dict[str, jax.Array] = {}
@@ -207,19 +209,18 @@ def _after(
                 more = refs[name][rows, :]
                 sums[name] = sums[name] + more if name in sums else more
         assert part is not None
-        part = split.joined(part, cut.parts)
         for g in range(cut.stack):
             row = pl.ds(first + c // cut.per_group * cut.stack + g, 1)
-            own = part[g * bm : (g + 1) * bm, :].astype(jnp.float32)
+            own = split.rows_of(part, g, bm, cut.stack, cut.parts).astype(jnp.float32)
             for name, sum_ in sums.items():
                 of_group = widen(sum_[g * bm : (g + 1) * bm, :], config.bn)
-                own = own - (
-                    of_group * zero_rows(refs, problem, config, row) if name == "sums" else of_group
-                )
-            own = own * scale_rows(refs, problem, config, row)
+                if name == "sums":
+                    of_group = of_group * zero_rows(refs, problem, config, row)
+                own = split.without(own, of_group)
+            own = own * scale_rows(refs, problem, config, row, own.shape[0])
             total = own if total is None else total + own
     assert total is not None
-    return total
+    return split.joined(total, cut.parts)
 
 
 def _rows_of_block(

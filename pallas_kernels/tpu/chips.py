@@ -41,6 +41,7 @@ class Chip:
       converts_float4: the compiler converts float4_e2m1fn to bfloat16; others refuse the type.
       int4_to_float8: int4 becomes float8_e4m3fn in one vector operation for four codes a lane, and
         that is pushed into the matrix units at twice the rate of bfloat16.
+      copies_operands: XLA copies operands of a kernel that fit to VMEM before it begins.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Chip:
     gathers_sublanes: bool = True
     converts_float4: bool = False
     int4_to_float8: bool = False
+    copies_operands: bool = False
 
     @property
     def clock(self) -> float:
@@ -131,6 +133,7 @@ CHIPS: dict[str, Chip] = {
             True,
             converts_float4=True,
             int4_to_float8=True,
+            copies_operands=True,
         ),
     )
 }

@@ -43,6 +43,7 @@ class MatmulConfig:
       stream: the kernel fetches its codes itself (`tpu.stream`): a block of rows, all of k a block,
         whole blocks of columns, scales after. Of `tpu.matmul` alone: where rows are grouped by
         expert, and for several weights at once, it has no effect.
+      codes_in_hbm: XLA must leave the codes in HBM (`tpu.placement`).
       scaled_in: dtype name in which a weight is scaled before the dot. In bfloat16 scales are
         rounded to it, and products once more: for E2M1, exact where scales are powers of two.
     """
@@ -56,6 +57,7 @@ class MatmulConfig:
     vmem_limit_bytes: int = 16 * 2**20
     parallel: bool = False
     stream: bool = False
+    codes_in_hbm: bool = False
     scaled_in: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -18,6 +18,8 @@ from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.lookup import E2M1_FACTOR
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
+_SUBLANES = 8  # rows of a register of 32 bits
+
 
 def finish(
     total: jax.Array, refs: dict[str, Any], problem: MatmulProblem, config: MatmulConfig
@@ -67,16 +69,33 @@ def _row_scales(ref: Any, rows: int) -> jax.Array:
 
 
 def scale_rows(
-    refs: dict[str, Any], problem: MatmulProblem, config: MatmulConfig, rows: Any
+    refs: dict[str, Any], problem: MatmulProblem, config: MatmulConfig, rows: Any, repeat: int = 1
 ) -> jax.Array:
-    """float32 scales of these rows [rows, bn], for operands as the reading leaves them."""
-    scale = refs["scale"][rows, :].astype(jnp.float32)
+    """float32 scales of these rows [rows, bn], for operands as the reading leaves them.
+
+    With `repeat`, of one row: [1, bn], or [repeat, bn] if loads can repeat it.
+    """
+    scale = _repeated(refs["scale"], rows, repeat).astype(jnp.float32)
     step = reading.step(problem.codes, config.reading)
     if config.reading == "e2m1":
         step = 1 / E2M1_FACTOR
     if config.reading == "e4m3":
         step = 1 / e4m3.DOWN
     return scale * step if step != 1 else scale
+
+
+def _repeated(ref: Any, rows: Any, repeat: int) -> jax.Array:
+    """One row, where its number is known before the kernel runs, in all sublanes of a register.
+
+    A load of 128 columns does that at no cost; a row of more is loaded into fewer registers, and
+    brought to all sublanes by vector operations.
+    """
+    columns = ref.shape[1]
+    if repeat % _SUBLANES or columns % LANES or not isinstance(rows.start, int):
+        return ref[rows, :]
+    tiles = [ref[rows, c : c + LANES] for c in range(0, columns, LANES)]
+    spread = [jnp.broadcast_to(tile, (_SUBLANES, LANES)) for tile in tiles]
+    return jnp.concatenate([jnp.concatenate(spread, axis=1)] * (repeat // _SUBLANES), axis=0)
 
 
 def zero_rows(

@@ -93,7 +93,7 @@ def gated_matmul(
     operands: dict[tuple[str, int], jax.Array] = {}  # by name, and whose it is
     for i, parts in enumerate((gate, up)):
         weight = dict(zip(("codes", "scale", "zero_point"), parts, strict=True))
-        given = kernel_operands({"x": x, "x_scale": x_scale, **weight}, table, p, c)
+        given = kernel_operands({"x": x, "x_scale": x_scale, **weight}, table, p, c, interpret)
         operands |= {(name, i): a for name, a in given.items() if not i or name not in _OF_BOTH}
     rows, scratch = max(p.m, c.bm), scratch_shapes(p, c)
     specs = block_specs(p, c, rows=lambda i, j: i, columns=lambda i, j: j, depth=lambda i, j: 0)

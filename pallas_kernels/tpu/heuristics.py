@@ -246,7 +246,13 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
     bk = _block_of_k(p.k, _granule(p), wanted.bk)
     scaled_in: Any = "bfloat16" if p.e2m1 and chip.has_bf16_vpu else "float32"
     config = dataclasses.replace(
-        wanted, bm=bm, bn=bn, bk=bk, parallel=chip.cores > 1, scaled_in=scaled_in
+        wanted,
+        bm=bm,
+        bn=bn,
+        bk=bk,
+        parallel=chip.cores > 1,
+        codes_in_hbm=chip.copies_operands,
+        scaled_in=scaled_in,
     )
     try:
         Chunks.make(p, config)

@@ -21,6 +21,7 @@ from jaxquant.pallas_kernels.tpu import stream
 from jaxquant.pallas_kernels.tpu.body import matmul_body
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.lookup import TABLE_ROWS, table_rows
+from jaxquant.pallas_kernels.tpu.placement import placed
 from jaxquant.pallas_kernels.tpu.prepare import scratch_shapes
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
@@ -78,7 +79,7 @@ def quantized_matmul(
         "gate": gate,
         "residual": residual,
     }
-    operands = kernel_operands(given, table, problem, config)
+    operands = kernel_operands(given, table, problem, config, interpret)
     rows = max(problem.m, config.bm)
     grid = pl.cdiv(rows, config.bm), pl.cdiv(problem.n, config.bn), problem.k // config.bk
     scratch = scratch_shapes(problem, config)
@@ -132,6 +133,7 @@ def kernel_operands(
     table: Sequence[float] | None,
     problem: MatmulProblem,
     config: MatmulConfig,
+    interpret: Any,
     experts: int = 0,
 ) -> dict[str, jax.Array]:
     """What is passed to a kernel, in its order: cast, padded to a block of rows, and checked.
@@ -140,7 +142,8 @@ def kernel_operands(
       given: arrays by name, None for those that are not there.
       table: the 16 values of "table4" codes.
       problem: must agree with the arrays.
-      config: its rows a block.
+      config: its rows a block, and where codes lie.
+      interpret: as for pl.pallas_call.
       experts: size of the leading axis of the weight's parts; 0 for none.
 
     Raises:
@@ -160,6 +163,7 @@ def kernel_operands(
         for name in _ORDER
         if arrays.get(name) is not None
     }
+    operands["codes"] = placed(operands["codes"], config, interpret)
     if problem.x_scale and _lies(problem, config):
         operands["x_scale"] = operands["x_scale"].reshape(1, config.bm)
     return operands

@@ -111,7 +111,7 @@ def ragged_matmul(
     if group_sizes.shape != (experts,):
         raise ValueError(f"group_sizes has shape {group_sizes.shape}, for {experts} experts")
     given = {"x": x, "codes": codes, "scale": scale, "zero_point": zero_point, "x_scale": x_scale}
-    operands = kernel_operands(given, table, p, c, experts)
+    operands = kernel_operands(given, table, p, c, interpret, experts)
     visits = make_visits(group_sizes, p.m, c.bm)
     rows = max(p.m, c.bm)
     several = pl.cdiv(rows, c.bm) > 1

@@ -98,7 +98,7 @@ def sibling_matmuls(
     ranges: list[tuple[int, int]] = []
     for i, (own, *parts) in enumerate(zip(problems, codes, scales, zero_points, strict=True)):
         weight = dict(zip(("codes", "scale", "zero_point"), parts, strict=True))
-        operands = kernel_operands({"x": x, "x_scale": x_scale, **weight}, table, own, c)
+        operands = kernel_operands({"x": x, "x_scale": x_scale, **weight}, table, own, c, interpret)
         first = ranges[-1][1] if ranges else 0
         ranges.append((first, first + pl.cdiv(pl.cdiv(own.n, c.bn), cores)))
         specs = _specs(own, c, *ranges[-1], depth)

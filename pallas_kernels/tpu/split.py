@@ -74,6 +74,25 @@ def separated(copies: Sequence[jax.Array], dtype: str) -> jax.Array:
     return jnp.concatenate([*highs, *lows], axis=0).astype(dtype)
 
 
+def rows_of(sums: jax.Array, copy: int, rows: int, copies: int, parts: int) -> jax.Array:
+    """Those of one copy's rows, of all parts: [parts * rows, n] of [parts * copies * rows, n].
+
+    The sums of parts are scaled and added up apart, and `joined` at the end: what follows each
+    other within a group is shorter so than if they were joined there.
+    """
+    firsts = [(part * copies + copy) * rows for part in range(parts)]
+    own = [sums[first : first + rows, :] for first in firsts]
+    return own[0] if parts == 1 else jnp.concatenate(own, axis=0)
+
+
+def without(sums: jax.Array, correction: jax.Array) -> jax.Array:
+    """Sums of parts [parts * rows, n], a correction [rows, n] taken out of what they join to."""
+    rows = correction.shape[0]
+    if sums.shape[0] == rows:
+        return sums - correction
+    return jnp.concatenate([sums[:rows] - correction, sums[rows:]], axis=0)
+
+
 def joined(sums: jax.Array, parts: int) -> jax.Array:
     """The sums of x [rows, n] from those of its parts [parts * rows, n]."""
     if parts == 1:

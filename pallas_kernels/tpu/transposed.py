@@ -26,6 +26,7 @@ from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.heuristics import near_divisor
 from jaxquant.pallas_kernels.tpu.matmul import block_specs, kernel_name
+from jaxquant.pallas_kernels.tpu.placement import placed
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
 _CODES = ("int4", "int8", "float8_e4m3fn", "float8_e5m2")
@@ -63,7 +64,12 @@ def choose_transposed_config(problem: MatmulProblem, chip: Chip) -> MatmulConfig
     if needed > limit:
         raise Unsupported(f"blocks of {bm} x {bk} x {bn} do not fit the VMEM of {chip.name}")
     allowed = min(limit, max(16 * _MIB, needed * 3 // 2))
-    return dataclasses.replace(config, vmem_limit_bytes=allowed, parallel=chip.cores > 1)
+    return dataclasses.replace(
+        config,
+        vmem_limit_bytes=allowed,
+        parallel=chip.cores > 1,
+        codes_in_hbm=chip.copies_operands,
+    )
 
 
 def _vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
@@ -113,6 +119,7 @@ def transposed_matmul(
         if arrays[name].shape != shape:
             raise ValueError(f"{name} has shape {arrays[name].shape}; the problem says {shape}")
     rows = max(p.m, c.bm)
+    arrays["codes"] = placed(codes, c, interpret)
     arrays["x"] = jnp.pad(arrays["x"], ((0, rows - p.m), (0, 0)))
     cut, steps = Chunks.make(p, c), p.n // c.bn
 
