@@ -19,11 +19,12 @@ from jax.extend.core import primitives as jp
 
 from jaxquant.core import _compat, primitives
 from jaxquant.core.qtensor import storage_bytes
+from jaxquant.core.structure.pick import pick_rows_p
 from jaxquant.passes.count import PRODUCTS, count
 from jaxquant.passes.edit_jaxpr import bodies
 from jaxquant.passes.interpreter import ELEMENT_MOVES
 
-_LOOKUPS = frozenset({jp.gather_p, jp.dynamic_slice_p})
+_LOOKUPS = frozenset({jp.gather_p, jp.dynamic_slice_p, pick_rows_p})
 # What a compiler fuses into the reader of a parameter, so that the parameter's bytes are read.
 _FOLLOWED = frozenset(ELEMENT_MOVES) - _LOOKUPS
 _UPDATES = frozenset({jp.dynamic_update_slice_p, jp.scatter_p, jp.scatter_add_p})

@@ -23,6 +23,7 @@ from jaxquant.core.structure.basic import (
     moved_layout,
     unpacked_if,
 )
+from jaxquant.core.structure.pick import pick_rows
 
 
 def gather(
@@ -117,6 +118,10 @@ def _gather_part(
             return gather(part, new_indices, dn, sizes, mode=mode)
         except Unstructured:
             part = part.dequantize()
+    rows = lax.GatherDimensionNumbers((indices.ndim - 1,), (0,), (0,))
+    clamps = mode in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if dn == rows and sizes == [1, part.shape[-1]] and depends and clamps:
+        return pick_rows(part, new_indices[..., 0])
     return lax.gather(part, new_indices, dn, tuple(sizes), mode=mode)
 
 
