@@ -63,12 +63,12 @@ def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]
 def _lower_for_tpu(ctx: Any, *args: Any) -> Any:
     table, index = ctx.avals_in
     device, devices, manual = _compat.lowering_devices(ctx)
-    alone = device is not None and (devices == 1 or manual)
-    if not (alone and kernel.worth(index.size, *table.shape, table.dtype)):
+    alone, (rows, groups) = device is not None and (devices == 1 or manual), table.shape
+    if not (alone and kernel.worth(index.size, rows, groups, table.dtype)):
         return _compat.lower_without_shardings(_gather)(ctx, *args)
 
     def pick(table: jax.Array, index: jax.Array) -> jax.Array:
-        return kernel.pick_rows(table, index.reshape(-1)).reshape(*index.shape, table.shape[1])
+        return kernel.pick_rows(table, index.reshape(-1)).reshape(*index.shape, groups)
 
     return _compat.lower_without_shardings(pick, device=_compat.abstract_device(device))(ctx, *args)
 
