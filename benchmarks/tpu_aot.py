@@ -82,6 +82,7 @@ class Static:
         what surrounds it.
       units: busy slots of each unit over its slots a bundle, in bundles.
       spills: stores and loads of spilled registers in the largest operation.
+      conditional: its bundles that a condition may leave out of a step.
       vmem: VMEM bytes of the kernels; 0 without any.
       hbm_bytes: bytes the program accesses by the compiler's cost analysis.
       temporaries: HBM bytes of intermediate results.
@@ -99,6 +100,7 @@ class Static:
     bundles: int = 0
     units: dict[str, float] = dataclasses.field(default_factory=dict)
     spills: int = 0
+    conditional: int = 0
     vmem: int = 0
     hbm_bytes: int = 0
     temporaries: int = 0
@@ -158,7 +160,7 @@ def _run(jobs: Sequence[Job], chip: str, profile: bool) -> tuple[dict[str, Stati
         listing = Path(folder) / "jobs.json"
         listing.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
         flags = [f"--xla_jf_dump_to={folder}/dump", "--xla_jf_dump_llo_text=true"]
-        flags.append("--xla_jf_dump_llo_pass_label_regex=.*per-bundle.*")
+        flags.append("--xla_jf_dump_llo_pass_label_regex=.*(per-bundle|final_bundles).*")
         if profile:
             flags.append(f"--xla_jf_dump_static_llo_profile_to={folder}/profile")
         environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": " ".join(flags)}
@@ -267,6 +269,7 @@ def _read(name: str, chip: str, compiled: Any, folder: str, steps: int) -> Stati
         bundles=largest.bundles,
         units=largest.units,
         spills=largest.spills,
+        conditional=largest.conditional,
         vmem=tpu_schedule.vmem_used(text),
         hbm_bytes=int(cost.get("bytes accessed", 0)),
         temporaries=int(memory.temp_size_in_bytes) if memory is not None else 0,

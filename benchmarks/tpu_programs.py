@@ -82,6 +82,8 @@ def program(chip: Chip, label: str, m: int, k: int, n: int) -> Program:
     if label in FORMATS:
         problem = MatmulProblem(m, k, n, **FORMATS[label])
         config = choose_config(problem, chip)
+        rows = min(rows, max(config.bm, m))  # 16, or 8 where a block has so few
+        size["m"] = rows
         small = dataclasses.replace(problem, m=rows, n=columns)
         arguments = {"problem": dataclasses.asdict(small), "config": dataclasses.asdict(config)}
         arguments["chip"] = chip.name
@@ -185,7 +187,10 @@ def time_of(chip: Chip, item: Program, static: Static, like: Static | None = Non
         unwaited = None
         if item.config is not None:
             if static.source != "estimate" and chip.name != "v4":  # the estimator aborted
-                compute = _two_buffers(_steps(item), static, chip, memory)
+                once = _once(item, static)
+                compute = _two_buffers(_steps(item), static, chip, memory, once)
+                # A bundle may take several cycles.
+                compute = max(compute, _matrix(chip, item))
             busy = _busy(chip, item, static)
             unwaited = min(max(busy, memory), max(compute, memory))
             if busy < memory < compute:
@@ -237,9 +242,16 @@ def _in_turn(chip: Chip, item: Program, static: Static) -> float:
 def _busy(chip: Chip, item: Program, static: Static) -> float:
     """Microseconds of our kernel's instructions and multiply-adds, if they never waited."""
     assert item.config is not None
-    instructions = static.bundles * _steps(item) / chip.clock / chip.cores * 1e6
-    floor = tpu_floor.floor(item.problem, item.config.operand, chip)
-    return max(instructions, floor.times["matrix"])
+    once = _once(item, static)
+    bundles = (static.bundles - once) * _steps(item) + once
+    instructions = bundles / chip.clock / chip.cores * 1e6
+    return max(instructions, _matrix(chip, item))
+
+
+def _matrix(chip: Chip, item: Program) -> float:
+    """Microseconds that the multiply-adds of our kernel need."""
+    assert item.config is not None
+    return tpu_floor.floor(item.problem, item.config.operand, chip).times["matrix"]
 
 
 def _steps(item: Program) -> int:
@@ -271,11 +283,24 @@ def _pipeline(chip: Chip, item: Program, static: Static, memory: float) -> float
     return _two_buffers(steps, static, chip, memory)
 
 
-def _two_buffers(steps: int, static: Static, chip: Chip, memory: float) -> float:
+def _once(item: Program, static: Static) -> int:
+    """Bundles that only the first step has: where x is one block, what is made of it is made once.
+
+    Several cores begin wherever they like, and have no such condition.
+    """
+    p, c = item.problem, item.config
+    assert c is not None
+    return static.conditional if p.m <= c.bm and p.k == c.bk and not c.parallel else 0
+
+
+def _two_buffers(steps: int, static: Static, chip: Chip, memory: float, once: int = 0) -> float:
     """Microseconds of a pipeline: a first block arrives, then each step's work hides the next.
 
-    Cores share the steps and the bandwidth.
+    Cores share the steps and the bandwidth. Of the bundles of a step, `once` are the first one's.
     """
     steps = math.ceil(steps / chip.cores)
-    step = static.bundles / chip.clock * 1e6
-    return memory / steps + (steps - 1) * max(step, memory / steps) + step
+    block, step = memory / steps, (static.bundles - once) / chip.clock * 1e6
+    prepared = step + once / chip.clock * 1e6
+    if steps == 1:
+        return block + prepared
+    return block + max(prepared, block) + (steps - 2) * max(step, block) + step

@@ -26,6 +26,9 @@ _OPERATION = re.compile(
     r"^ *(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z-]+)\((.*?)\)(.*)$", re.MULTILINE
 )
 _ARRAY = re.compile(r"([a-z]+\d+[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
+# Regions of fewer bundles than this set off transfers, or wait for them.
+_REGION = 64
 _FREE = ("parameter", "bitcast", "tuple", "get-tuple-element", "constant")
 
 
@@ -38,22 +41,28 @@ class Schedule:
       units: busy slots of each unit over its slots a bundle, in bundles.
       slots: slots a bundle, of each unit.
       spills: stores and loads of spilled registers.
+      conditional: bundles of the regions within a step that a condition may leave out.
     """
 
     bundles: int
     units: dict[str, float]
     slots: dict[str, int]
     spills: int
+    conditional: int = 0
 
 
 def schedules(folder: str) -> dict[str, Schedule]:
     """The schedules that were dumped below `folder`, by the operation's name."""
     found = {}
+    left_out = {
+        _named(path, "-final_bundles"): conditional(Path(path).read_text().splitlines())
+        for path in glob.glob(f"{folder}/*-final_bundles.txt")
+    }
     for path in glob.glob(f"{folder}/*final_hlo-static-per-bundle-utilization.txt"):
         stem = Path(path).name
         if "<late-" in stem or "-TLP-" in stem:  # what surrounds the program
             continue
-        name = stem.partition("-")[2].rpartition("-final_hlo")[0].rpartition("-")[0]
+        name = _named(path, "-final_hlo")
         lines = Path(path).read_text().splitlines()
         at = lines.index("== UTILIZATION:")
         names = [n.strip() for n in lines[at - 2].split(",")]
@@ -62,8 +71,37 @@ def schedules(folder: str) -> dict[str, Schedule]:
         sums = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
         units = {n: round(sums[n] / max(slots[n], 1), 1) for n in UNITS if n in sums}
         spills = sums.get("VSTORE:SPILL", 0) + sums.get("VLOAD:FILL", 0)
-        found[name] = Schedule(len(rows), units, {n: slots[n] for n in units}, spills)
+        own = {n: slots[n] for n in units}
+        found[name] = Schedule(len(rows), units, own, spills, left_out.get(name, 0))
     return found
+
+
+def _named(path: str, end: str) -> str:
+    """The operation's name in that of a dumped file: number, operation, number of the pass."""
+    return Path(path).name.partition("-")[2].rpartition(end)[0].rpartition("-")[0]
+
+
+def conditional(lines: list[str]) -> int:
+    """Bundles that a condition may leave out of a step: of regions of some size within another.
+
+    Args:
+      lines: a schedule's bundles, as the compiler prints them: a branch names the region that
+        begins where it leads to.
+    """
+    bundles = [line for line in lines if re.match(r" *0x[0-9a-f]+ ", line)]
+    regions = []
+    for start, bundle in enumerate(bundles):
+        for target in _BRANCH.findall(bundle):
+            label = re.compile(rf"region {target}\b")
+            rest = enumerate(bundles[start + 1 :], start + 1)
+            end = next((i for i, line in rest if " PF: " in line and label.search(line)), None)
+            if end is not None:
+                regions.append((start, end))
+    return sum(
+        end - start
+        for start, end in regions
+        if end - start >= _REGION and any(s < start and end <= e for s, e in regions)
+    )
 
 
 def profile(folder: str) -> dict[str, int]:

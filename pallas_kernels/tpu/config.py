@@ -31,7 +31,7 @@ class MatmulConfig:
     """Blocks and order of operations.
 
     Attributes:
-      bm: rows a block; a multiple of 16 (32 for 8-bit x).
+      bm: rows a block; a multiple of 16 (32 for 8-bit x), or 8 where x is in parts (`tpu.split`).
       bn: columns a block: a multiple of 128, or all of them.
       bk: contracted values a block: divides k, and whole groups or units of the reading.
       scale: when scales are applied.

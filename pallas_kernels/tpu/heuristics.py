@@ -26,11 +26,11 @@ from jaxquant.pallas_kernels.problem import (
     Unsupported,
     dtype_bytes,
 )
-from jaxquant.pallas_kernels.tpu import table
+from jaxquant.pallas_kernels.tpu import split, table
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, Reading, ScaleTime, vmem_bytes
-from jaxquant.pallas_kernels.tpu.reading import LANES, UNITS
+from jaxquant.pallas_kernels.tpu.reading import LANES, SHUFFLED, UNITS
 from jaxquant.pallas_kernels.tpu.stream import PARTS
 
 # Up to this many rows x stays whole and the weight streams.
@@ -221,10 +221,12 @@ def _targets(
     smaller = (512, 512, 4096), (512, 512, 1024), (256, 256, 512), (128, 128, 256)
     deep = 8192 if dtype_bytes(problem.x_dtype) > 1 else 16384
     if chip.has_bf16_vpu:
-        # XLA fills what a kernel leaves of VMEM and does not reckon with its spills: of 64 MiB, 512
-        # by 1024 scaled weights leave too little (1024 x 4096 x 4096 did not compile on v7x).
-        wide = 1024 if chip.vmem_bytes > 64 * _MIB else 512
-        large = {"end": (1024, 512, deep), "before": (512, wide, 8192), "after": (512, 512, 8192)}
+        before = (512, 1024, 8192)
+        if chip.copies_operands:
+            # A kernel that spills does not compile where XLA holds other arrays in VMEM: these do
+            # not spill. All of k is one block: sums stay in the matrix units.
+            before = (1024, 512, 8192) if problem.k <= 8192 else (512, 512, 16384)
+        large = {"end": (1024, 512, deep), "before": before, "after": (512, 512, 8192)}
         return large[scale], (512, 512, 8192), *smaller
     if scale == "end" or (scale == "before" and STORAGE[problem.codes][1] == 8):
         return (512, 512, deep), *smaller
@@ -242,6 +244,8 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
     """
     p = problem
     bm = min(_up(wanted.bm, 16), _up(p.m, 16))
+    if p.m <= 8 and split.parts(p, wanted) > 1:
+        bm = 8  # a register of sums for each part: half the scaling of 16 rows, which bounds it
     bn = p.n if p.n <= wanted.bn else near_divisor(p.n, wanted.bn)
     bk = _block_of_k(p.k, _granule(p), wanted.bk)
     scaled_in: Any = "bfloat16" if p.e2m1 and chip.has_bf16_vpu else "float32"
@@ -261,7 +265,9 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
     config = dataclasses.replace(config, stream=_streams(p, config, chip))
     needed = vmem_bytes(p, config)
     limit = int(chip.vmem_bytes * 0.9)
-    if needed > limit:
+    as_stored = config.scale == "before" and config.reading not in SHUFFLED
+    not_laid_out = 2 * config.bm * config.bk if as_stored else 0  # `vmem_bytes` counts it
+    if needed - not_laid_out > limit:
         return None
     allowed = min(limit, max(16 * _MIB, _up(needed + needed // 2, _MIB)))
     return dataclasses.replace(config, vmem_limit_bytes=allowed)

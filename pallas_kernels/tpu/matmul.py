@@ -142,7 +142,7 @@ def kernel_operands(
       given: arrays by name, None for those that are not there.
       table: the 16 values of "table4" codes.
       problem: must agree with the arrays.
-      config: its rows a block, and where codes lie.
+      config: its rows a block, and where operands lie.
       interpret: as for pl.pallas_call.
       experts: size of the leading axis of the weight's parts; 0 for none.
 
@@ -163,10 +163,9 @@ def kernel_operands(
         for name in _ORDER
         if arrays.get(name) is not None
     }
-    operands["codes"] = placed(operands["codes"], config, interpret)
     if problem.x_scale and _lies(problem, config):
         operands["x_scale"] = operands["x_scale"].reshape(1, config.bm)
-    return operands
+    return placed(operands, config, interpret)
 
 
 def _lies(problem: MatmulProblem, config: MatmulConfig) -> bool:

@@ -16,18 +16,21 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 
 
-def placed(codes: jax.Array, config: MatmulConfig, interpret: Any) -> jax.Array:
-    """Codes, to be left in HBM where the config says so.
+def placed(
+    operands: dict[str, jax.Array], config: MatmulConfig, interpret: Any
+) -> dict[str, jax.Array]:
+    """Operands of a kernel by name, the codes to be left in HBM where the config says so.
 
     Args:
-      codes: of any shape.
+      operands: codes among them.
       config: of the kernel.
       interpret: as for pl.pallas_call; an interpreted kernel has no memory to choose.
     """
-    # Arrays that are no tracers are operands of one kernel alone: there is nothing to constrain.
-    if not config.codes_in_hbm or interpret or not isinstance(codes, jax.core.Tracer):
-        return codes
-    return _in_hbm(codes)
+    # Codes that are no tracer are of one kernel alone: there is no program to constrain.
+    traced = isinstance(operands["codes"], jax.core.Tracer)
+    if not config.codes_in_hbm or interpret or not traced:
+        return operands
+    return operands | {"codes": _in_hbm(operands["codes"])}
 
 
 @jax.custom_batching.custom_vmap

@@ -119,8 +119,8 @@ def transposed_matmul(
         if arrays[name].shape != shape:
             raise ValueError(f"{name} has shape {arrays[name].shape}; the problem says {shape}")
     rows = max(p.m, c.bm)
-    arrays["codes"] = placed(codes, c, interpret)
     arrays["x"] = jnp.pad(arrays["x"], ((0, rows - p.m), (0, 0)))
+    arrays = placed(arrays, c, interpret)
     cut, steps = Chunks.make(p, c), p.n // c.bn
 
     def kernel(*refs: Any) -> None:

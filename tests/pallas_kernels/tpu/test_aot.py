@@ -118,15 +118,19 @@ def test_every_kernel_compiles(chip):
         assert static.bundles > 0 and sum(static.units.values()) > 0, name
     # Few rows: what is live fits the registers. v4's schedules spill on their own, and those of
     # the compilers before jax 0.12 a little. int4 as float8 is converted ahead of its pushes into
-    # the matrix units, more of it than registers hold (docs/tpu.md).
+    # the matrix units, at 16 rows more of it than registers hold (docs/tpu.md).
     most = 64 if jax.__version_info__ >= (0, 12) else 512
-    ahead = [n for n, c in configs.items() if problems.get(n) and split.parts(problems[n], c) > 1]
+    parts = {n: split.parts(problems[n], c) for n, c in configs.items() if n in problems}
+    ahead = [n for n, count in parts.items() if count > 1 and configs[n].bm > 8]
     spills = {
         n: s.spills
         for n, s in got.items()
-        if "prefill" not in n and s.spills > (1536 if n in ahead else most)
+        if "prefill" not in n and s.spills > (768 if n in ahead else most)
     }
     assert chip == "v4" or spills == {}
+    # Nothing copies a weight before its kernel.
+    copied = [op["bytes"] for op in got["w4a16"].sequence if op["name"].startswith("copy")]
+    assert max(copied, default=0) < problems["w4a16"].weight_bytes / 4
     assert got["transposed"].kernels == got["prefill transposed"].kernels == 1
     assert got["siblings"].kernels == got["product"].kernels == got["experts"].kernels == 1
     assert got["einsum False"].kernels == got["einsum True"].kernels == 1

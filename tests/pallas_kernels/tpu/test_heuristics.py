@@ -53,8 +53,32 @@ def test_sums_stay_in_the_matrix_units(k, depth):
         problem = dataclasses.replace(INT4, m=1024, k=k, group=group)
         for chip in ("v6e", "v7x"):
             config = by_rules(problem, CHIPS[chip])
-            assert config.bk == depth
+            whole = chip == "v7x" and config.scale == "before"
+            assert config.bk == (k if whole else depth)
             assert config.vmem_limit_bytes <= CHIPS[chip].vmem_bytes * 0.9
+
+
+@pytest.mark.parametrize(("k", "rows"), [(4096, 1024), (8192, 1024), (14336, 512)])
+def test_v7x_takes_many_rows_of_few_columns(k, rows):
+    """What spills does not compile there where XLA holds other arrays in VMEM."""
+    config = by_rules(dataclasses.replace(INT4, m=4096, k=k), CHIPS["v7x"])
+    assert (config.bm, config.bn, config.bk) == (rows, 512, k)
+
+
+def test_codes_stay_in_hbm_where_xla_would_copy_them():
+    for rows in (16, 1024):
+        problem = dataclasses.replace(INT4, m=rows)
+        kept = {name for name, chip in CHIPS.items() if by_rules(problem, chip).codes_in_hbm}
+        assert kept == {"v7x"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "block"), [(1, 128, 8), (8, 128, 8), (9, 128, 16), (8, 32, 16)]
+)
+def test_eight_rows_are_a_block_where_x_is_in_parts(rows, group, block):
+    problem = dataclasses.replace(INT4, m=rows, group=group)
+    assert by_rules(problem, CHIPS["v7x"]).bm == block
+    assert by_rules(problem, CHIPS["v6e"]).bm == 16
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e", "v7x"])

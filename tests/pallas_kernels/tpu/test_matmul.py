@@ -220,11 +220,40 @@ def test_x_in_two_parts(codes, group, scale, x_dtype):
             want = np.asarray(x, np.float64) @ case.weight
             reach = np.abs(np.asarray(x, np.float64)) @ np.abs(case.weight)
             case = case._replace(arrays=case.arrays | {"x": x}, want=want, scale_of_errors=reach)
-        config = MatmulConfig(
-            bk=256, scale=scale, reading="cast", operand="float8_e4m3fn", **BLOCKS
-        )
-        got = np.asarray(cases.run(problem, config, case), np.float64)
-        assert (np.abs(got - case.want) <= 1e-5 * case.scale_of_errors).all()
+        for rows in (16, 8):
+            blocks = BLOCKS | {"bm": rows}
+            config = MatmulConfig(
+                bk=256, scale=scale, reading="cast", operand="float8_e4m3fn", **blocks
+            )
+            got = np.asarray(cases.run(problem, config, case), np.float64)
+            assert (np.abs(got - case.want) <= 1e-5 * case.scale_of_errors).all()
+
+
+@given(
+    rows=st.integers(1, 16),
+    codes=st.sampled_from(["int4", "int2"]),
+    group=st.sampled_from([0, 128, 256]),
+    columns=st.sampled_from([128, 256, 384]),
+    zero_point=st.booleans(),
+    x_dtype=st.sampled_from(["bfloat16", "int8"]),
+)
+@settings(max_examples=12, deadline=None)
+def test_narrow_codes_as_float8(rows, codes, group, columns, zero_point, x_dtype):
+    """As v7x multiplies few rows."""
+    problem = MatmulProblem(
+        rows,
+        512,
+        columns,
+        codes,
+        x_dtype,
+        group,
+        zero_point,
+        x_dtype == "int8",
+        out_dtype="float32",
+    )
+    config = choose_config(problem, CHIPS["v7x"])
+    assert (config.operand, config.bm) == ("float8_e4m3fn", 8 if rows <= 8 else 16)
+    check(problem, config)
 
 
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float8_e4m3fn"])

@@ -10,6 +10,7 @@ from benchmarks import tpu_floor, tpu_schedule, tpu_static
 from benchmarks.tpu_aot import Job, Static
 from benchmarks.tpu_fingerprint import fingerprint
 from benchmarks.tpu_programs import FORMATS, program, time_of
+from benchmarks.tpu_schedule import conditional
 from benchmarks.tpu_static import lines
 from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu.chips import CHIPS
@@ -126,6 +127,34 @@ def test_an_estimate_of_the_same_work_stands_for_one_that_is_refused():
         dataclasses.replace(like, cycles=None),
     ):
         assert time_of(V5E, item, static, other) == time_of(V5E, item, static)
+
+
+def test_bundles_that_a_condition_may_leave_out():
+    """Of the body of the loop, a region that is jumped over; what sets off transfers is short."""
+    plain = [f" 0x{i:x}   : > {{ %v = vadd.f32 }}" for i in range(400)]
+    lines = ["CT: control target", *plain]
+    for at, target in ((3, 5), (10, 7), (20, 9), (120, 11)):
+        lines[at] = f" 0x{at:x}   : > {{ %9 = sbr.rel (!%p4) target = $region{target} }}"
+    for at, target in ((8, 5), (100, 9), (140, 11), (390, 7)):
+        lines[at] = f" 0x{at:x} PF: > {{ %v = vadd.f32 }} /* Start/End empty region {target} */"
+    assert conditional(lines) == 80
+
+
+def test_what_is_made_of_x_is_made_once():
+    """A kernel without an estimate: two buffers, and a region of its first step alone."""
+    v7x = CHIPS["v7x"]
+    item = program(v7x, "w4a16 g128", 16, 4096, 4096)
+    block = item.problem.least_bytes / v7x.hbm_bandwidth * 1e6 / 4  # of 4 steps
+    for bundles, bound in ((20_000, 20_000), (200, 0)):
+        step = bundles / v7x.clock * 1e6
+        every = Static("", "v7x", cycles=1, source="bundles x steps", bundles=bundles)
+        first = dataclasses.replace(every, bundles=bundles + 3000, conditional=3000)
+        more = time_of(v7x, item, first).microseconds - time_of(v7x, item, every).microseconds
+        alone = max(3000 / v7x.clock * 1e6 + step, block) - max(step, block)
+        assert more == pytest.approx(alone)
+        assert time_of(v7x, item, every).microseconds >= 4 * bound / v7x.clock * 1e6
+    cut = dataclasses.replace(item, config=dataclasses.replace(item.config, bk=2048))
+    assert time_of(v7x, cut, first) == time_of(v7x, cut, dataclasses.replace(first, conditional=0))
 
 
 def test_first_blocks_come_once():
