@@ -63,6 +63,9 @@ _FLOAT8 = "a register of float8, 4 codes a lane, from half a register: one unpac
 _TABLE = Unpack(
     "a code: shift, and, minus its sublane, two rotations, and, compare, select; half an or", 8.5
 )
+_TABLE_BYTES = Unpack(
+    "4 codes: unpack and mask; 2 x (each byte twice, bit 4 of the upper, pick four bytes)", 8 / 4
+)
 _E2M1 = Unpack(
     "a word of 8 codes: 4 shifts, 4 or, 2 and; 4 x (2 x (shift, and), or), one without shift",
     29 / 8,
@@ -87,8 +90,10 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ("int2", "bfloat16", True): Unpack(_NIBBLES2 + _BFLOAT16, 5 / 16 + 0.5),
     ("int2", "float8", True): Unpack(_NIBBLES2 + _FLOAT8, 5 / 16 + 0.25),
     ("int4", "int4", None): _NONE,
-    ("table4", "bfloat16", None): _TABLE,
-    ("e2m1", "bfloat16", None): _E2M1,
+    ("table4", "bfloat16", True): _TABLE_BYTES,
+    ("table4", "bfloat16", False): _TABLE,
+    ("e2m1", "bfloat16", True): _TABLE_BYTES,
+    ("e2m1", "bfloat16", False): _E2M1,
     ("float4", "bfloat16", None): _CONVERTED,
     ("float8", "float8", None): _NONE,
     ("float8", "bfloat16", False): Unpack(

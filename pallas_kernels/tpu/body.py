@@ -167,6 +167,8 @@ def _operand(
     block = refs["codes"][start : start + size, :]
     if config.reading == "float4":
         return lookup.converted(block)
+    if config.reading == "bytes of table":
+        return lookup.values_from_codes(block, refs["table"])
     return block.astype(config.operand)
 
 

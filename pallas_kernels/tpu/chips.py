@@ -38,6 +38,7 @@ class Chip:
         that is no slower than bfloat16).
       has_bf16_vpu: vector arithmetic on bfloat16 without a detour through float32.
       gathers_sublanes: vectors are picked from by sublane, for each lane its own.
+      gathers_bytes: likewise of bytes, four in each lane of a vector.
       converts_float4: the compiler converts float4_e2m1fn to bfloat16; others refuse the type.
       int4_to_float8: int4 becomes float8_e4m3fn in one vector operation for four codes a lane, and
         that is pushed into the matrix units at twice the rate of bfloat16.
@@ -55,6 +56,7 @@ class Chip:
     mxu_dtypes: tuple[str, ...]
     has_bf16_vpu: bool
     gathers_sublanes: bool = True
+    gathers_bytes: bool = False
     converts_float4: bool = False
     int4_to_float8: bool = False
     copies_operands: bool = False
@@ -119,6 +121,7 @@ CHIPS: dict[str, Chip] = {
             1638 * _GIGA,
             ("bfloat16", "int8", "int4", "float8"),
             True,
+            gathers_bytes=True,
         ),
         Chip(
             "v7x",
@@ -131,6 +134,7 @@ CHIPS: dict[str, Chip] = {
             7380 * _GIGA / 2,
             ("bfloat16", "float8"),
             True,
+            gathers_bytes=True,
             converts_float4=True,
             int4_to_float8=True,
             copies_operands=True,

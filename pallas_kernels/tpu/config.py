@@ -19,9 +19,20 @@ ScaleTime = Literal["end", "after", "before"]
 # scaled in float32 its codes go there by way of bfloat16, which holds them exactly; "bits", shifted
 # into the mantissa of bfloat16 numbers, whose offset is subtracted from the sums; "nibbles", int2
 # and int3 codes become words of int4, and those are converted; "bytes", int8 by way of float32;
-# "e4m3", float8 by its bits (`tpu.e4m3`); "table", "e2m1" and "float4", out of a table of 16 values
-# (`tpu.lookup`).
-Reading = Literal["cast", "staged", "bits", "nibbles", "bytes", "e4m3", "table", "e2m1", "float4"]
+# "e4m3", float8 by its bits (`tpu.e4m3`); "table", "bytes of table", "e2m1" and "float4", out of a
+# table of 16 values (`tpu.lookup`).
+Reading = Literal[
+    "cast",
+    "staged",
+    "bits",
+    "nibbles",
+    "bytes",
+    "e4m3",
+    "table",
+    "bytes of table",
+    "e2m1",
+    "float4",
+]
 
 _FEW_ROWS = 64
 
@@ -90,7 +101,9 @@ def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
     scratch = 4 * c.bm * c.bn
     if c.scale == "before":  # the scaled weight, x in the order of the reading, more sums
         scratch += 2 * c.bk * (c.bn + c.bm) + 4 * c.bm * c.bn
-    if c.scale == "after" and (p.group < 128 or c.reading not in ("cast", "float4")):
+    if c.scale == "after" and (
+        p.group < 128 or c.reading not in ("cast", "float4", "bytes of table")
+    ):
         scratch += c.bm * c.bk * 2 * math.ceil(256 / max(1, min(p.group, 256))) * 3
     if converts_once(p, c):
         scratch += 2 * c.bm * c.bk

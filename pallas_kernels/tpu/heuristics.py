@@ -172,8 +172,12 @@ def _scale_time(problem: MatmulProblem, chip: Chip, operand: str) -> ScaleTime:
 def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime) -> Reading:
     p = problem
     if p.codes == "table4":
+        if p.e2m1 and chip.converts_float4:
+            return "float4"
+        if chip.gathers_bytes:
+            return "bytes of table"
         if p.e2m1:
-            return "float4" if chip.converts_float4 else "e2m1"
+            return "e2m1"
         if not chip.gathers_sublanes:
             raise Unsupported(f"{chip.name} does not gather within registers, as tables need")
         return "table"

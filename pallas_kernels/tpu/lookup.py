@@ -1,15 +1,17 @@
 """From codes of a 4-bit table (nf4, mxfp4) to operands of the matrix units, inside a kernel.
 
-Used by `tpu.body` for the storage "table4". Three ways, as `MatmulConfig.reading` names them:
+Used by `tpu.body` for the storage "table4". Four ways, as `MatmulConfig.reading` names them:
 
-* "table", for any 16 values, rounded to bfloat16: they lie in two registers, a value a sublane.
+* "bytes of table", for any 16 values, rounded to bfloat16, where bytes are picked within registers
+  (v6e, v7x): one operation picks four, so that it serves two codes. Rows stay as stored.
+* "table", the same values, where words are picked: they lie in two registers, a value a sublane.
   The low three bits of a code pick a sublane of both, which is one vector operation (a rotation of
   the sublanes by as much as each lane says), its highest bit picks the register.
 * "e2m1", for E2M1 floats: shifts and masks put sign, exponent and mantissa where bfloat16 has them.
 * "float4", for E2M1 floats where the compiler has a conversion of its own (v7x).
 
-The first two read 32-bit words of eight codes of a column, and leave rows in the order that
-`reading.source_row` says. E2M1 is exact in all three.
+"table" and "e2m1" read 32-bit words of eight codes of a column, and leave rows in the order that
+`reading.source_row` says. E2M1 is exact in all four.
 """
 
 from __future__ import annotations
@@ -26,9 +28,27 @@ from jaxquant.pallas_kernels.tpu.reading import LANES, shifted
 
 # What "e2m1" makes of a value, over the value.
 E2M1_FACTOR = 4.0
-# Sublanes of a register, and rows of `table_rows`: four registers.
+# Sublanes of a register, and rows of `table_rows` (four registers) and of `table_bytes` (one).
 _EIGHT = 8
 TABLE_ROWS = 4 * _EIGHT
+_CODES = 16
+
+
+def table_bytes(table: Sequence[float]) -> jax.Array:
+    """A table as `values_from_codes` takes it: int8 [32, 128], all lanes alike.
+
+    The low bytes of bfloat16 values of codes 0 to 7 and -8 to -1, then the high bytes.
+
+    Args:
+      table: 16 values, by code + 8.
+
+    Raises:
+      ValueError: they are not 16.
+    """
+    bits = _bits(table)
+    halves = [(bits >> jnp.uint16(8 * i)).astype(jnp.uint8) for i in range(2)]
+    rows = jax.lax.bitcast_convert_type(jnp.concatenate(halves), jnp.int8)
+    return jnp.broadcast_to(rows[:, None], (TABLE_ROWS, LANES))
 
 
 def table_rows(table: Sequence[float]) -> jax.Array:
@@ -43,13 +63,64 @@ def table_rows(table: Sequence[float]) -> jax.Array:
     Raises:
       ValueError: they are not 16.
     """
-    if len(table) != 2 * _EIGHT:
-        raise ValueError(f"a table of 4-bit codes has 16 values, not {len(table)}")
-    values = np.asarray([*table[_EIGHT:], *table[:_EIGHT]], np.float32)
-    bits = jax.lax.bitcast_convert_type(jnp.asarray(values, jnp.bfloat16), jnp.uint16)
-    low = bits.astype(jnp.uint32)
+    low = _bits(table).astype(jnp.uint32)
     rows = jnp.concatenate([low, low << jnp.uint32(16)])
     return jnp.broadcast_to(rows[:, None], (TABLE_ROWS, LANES))
+
+
+def _bits(table: Sequence[float]) -> jax.Array:
+    """Bits of the values rounded to bfloat16, uint16 [16], by the lowest four bits of a code."""
+    if len(table) != _CODES:
+        raise ValueError(f"a table of 4-bit codes has {_CODES} values, not {len(table)}")
+    values = np.asarray([*table[_EIGHT:], *table[:_EIGHT]], np.float32)
+    return jax.lax.bitcast_convert_type(jnp.asarray(values, jnp.bfloat16), jnp.uint16)
+
+
+def values_from_codes(block: jax.Array, table_ref: Any) -> jax.Array:
+    """bfloat16 [rows, bn] of the table's values, rows as stored.
+
+    Each byte of a register picks one of the 32 bytes that a lane of another register holds. Bytes
+    of 32 codes are picked twice each, into two registers of pairs; the upper one of a pair is made
+    to point to the high bytes, and then both pick what they point to, which is a bfloat16 value.
+
+    Args:
+      block: int4 [rows, bn]; whole registers of int8, that is rows in multiples of 32.
+      table_ref: reference to `table_bytes`.
+    """
+    twice = _bytes_twice()
+    codes = block.astype(jnp.int8)
+    columns = []
+    for start in range(0, block.shape[1], LANES):
+        width = min(LANES, block.shape[1] - start)
+        table, parts = table_ref[:, :width], []
+        for first in range(0, block.shape[0], TABLE_ROWS):
+            own = codes[first : first + TABLE_ROWS, start : start + width]
+            low = pltpu.bitcast(own, jnp.uint32) & jnp.uint32(0x0F0F0F0F)
+            for rows in twice:
+                pairs = _picked(pltpu.bitcast(low, jnp.int8), rows[:, :width])
+                at = pltpu.bitcast(pairs, jnp.uint32) | jnp.uint32(0x10001000)
+                values = _picked(table, pltpu.bitcast(at, jnp.int8))
+                parts.append(pltpu.bitcast(values, jnp.bfloat16))
+        columns.append(jnp.concatenate(parts, axis=0))
+    return jnp.concatenate(columns, axis=1)
+
+
+def _bytes_twice() -> list[jax.Array]:
+    """Two of int8 [32, 128]: 0, 0, 1, 1 to 15, 15 down the rows, and 16, 16 to 31, 31."""
+    word = jax.lax.broadcasted_iota(jnp.int32, (_EIGHT, LANES), 0) * 0x02020202 + 0x01010000
+    return [pltpu.bitcast(word + first * 0x01010101, jnp.int8) for first in (0, _CODES)]
+
+
+def _picked(source: jax.Array, rows: jax.Array) -> jax.Array:
+    """`take_along_axis` of rows, whose indices it would widen: here as wide as what is picked."""
+    by_column = jax.lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(0,),
+        start_index_map=(0,),
+        operand_batching_dims=(1,),
+        start_indices_batching_dims=(1,),
+    )
+    return jax.lax.gather(source, rows[..., None], by_column, (1, 1), mode="promise_in_bounds")
 
 
 def values_from_words(words: jax.Array, units: int, table_ref: Any) -> jax.Array:
