@@ -85,6 +85,10 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ("int8", "bfloat16", True): Unpack(_BFLOAT16, 0.5),
     ("int3", "bfloat16", False): _BITS3,
     ("int3", "bfloat16", True): Unpack(_NIBBLES3 + _BFLOAT16, 37 / 32 + 0.5),
+    ("int3", "int8", None): Unpack(
+        _NIBBLES3 + "a register of int8 from a quarter of int4: one unpacking", 37 / 32 + 0.25
+    ),
+    ("int2", "int8", None): Unpack("a word of 16 codes: 4 x and, 3 shifts", 7 / 16),
     ("int3", "float8", True): Unpack(_NIBBLES3 + _FLOAT8, 37 / 32 + 0.25),
     ("int2", "bfloat16", False): _BITS2,
     ("int2", "bfloat16", True): Unpack(_NIBBLES2 + _BFLOAT16, 5 / 16 + 0.5),
@@ -143,8 +147,8 @@ def floor(problem: MatmulProblem, operand: str, chip: Chip) -> Floor:
     fast = {"int8": 2, "int4": 4}.get(operand, 1)
     if chip.name == "v7x" and operand.startswith("float8"):
         fast = 2
-        if not p.x_dtype.startswith("float8") and p.x_dtype != "int4":
-            rows *= split.PARTS
+    if p.x_dtype not in (operand, "int4") and not p.x_dtype.startswith(operand[:6]):
+        rows *= split.PARTS.get(operand, 1)
     codes = p.codes
     if p.e2m1:
         codes = "float4" if chip.converts_float4 else "e2m1"

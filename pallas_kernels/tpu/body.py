@@ -129,7 +129,7 @@ def _multiply_strip(
     else:
         total = _before(refs, problem, config, cut, step)
     if "factor" in refs:
-        total = total * widen(refs["factor"][: config.bm, :], config.bn)
+        total = total * widen(refs["factor"][...], config.bn)
     if "acc" not in refs:
         write(refs["out"], finish(total, refs, problem, config))
         return
@@ -178,7 +178,7 @@ def _end(refs: Refs, problem: MatmulProblem, config: MatmulConfig, cut: Chunks) 
         part = dot(x_chunk(refs, config, cut, c), _operand(refs, problem, config, cut, c))
         total = part if total is None else total + part
     assert total is not None
-    return split.joined(total, cut.parts)
+    return split.joined(total, problem, config)
 
 
 def _after(
@@ -213,7 +213,7 @@ def _after(
         assert part is not None
         for g in range(cut.stack):
             row = pl.ds(first + c // cut.per_group * cut.stack + g, 1)
-            own = split.rows_of(part, g, bm, cut.stack, cut.parts).astype(jnp.float32)
+            own = split.rows_of(part, g, cut.stack, problem, config).astype(jnp.float32)
             for name, sum_ in sums.items():
                 of_group = widen(sum_[g * bm : (g + 1) * bm, :], config.bn)
                 if name == "sums":
@@ -222,7 +222,7 @@ def _after(
             own = own * scale_rows(refs, problem, config, row, own.shape[0])
             total = own if total is None else total + own
     assert total is not None
-    return split.joined(total, cut.parts)
+    return split.joined(total, problem, config)
 
 
 def _rows_of_block(

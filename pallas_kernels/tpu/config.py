@@ -42,7 +42,7 @@ class MatmulConfig:
     """Blocks and order of operations.
 
     Attributes:
-      bm: rows a block; a multiple of 16 (32 for 8-bit x), or 8 where x is in parts (`tpu.split`).
+      bm: rows a block: 8, or a multiple of 16.
       bn: columns a block: a multiple of 128, or all of them.
       bk: contracted values a block: divides k, and whole groups or units of the reading.
       scale: when scales are applied.
@@ -107,4 +107,6 @@ def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
         scratch += c.bm * c.bk * 2 * math.ceil(256 / max(1, min(p.group, 256))) * 3
     if converts_once(p, c):
         scratch += 2 * c.bm * c.bk
+    if c.operand != "bfloat16" and p.x_dtype != c.operand:  # x in parts
+        scratch += 4 * max(c.bm, 16) * c.bk
     return 2 * blocks + scratch

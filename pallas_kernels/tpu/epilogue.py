@@ -59,12 +59,13 @@ def finish(
 
 
 def _row_scales(ref: Any, rows: int) -> jax.Array:
-    """Scales of x's rows as a column [rows, 1], which may lie in a row [1, rows]."""
+    """Scales of x's rows as a column [rows, 1]; those that there are may lie in a row [1, m]."""
     scales = ref[...]
     if scales.shape[0] == rows:
         return scales
-    places = [lax.broadcasted_iota(jnp.int32, (rows, rows), axis) for axis in range(2)]
-    own = jnp.where(places[0] == places[1], jnp.broadcast_to(scales, (rows, rows)), 0.0)
+    square = rows, scales.shape[1]
+    places = [lax.broadcasted_iota(jnp.int32, square, axis) for axis in range(2)]
+    own = jnp.where(places[0] == places[1], jnp.broadcast_to(scales, square), 0.0)
     return jnp.sum(own, axis=1, keepdims=True)
 
 

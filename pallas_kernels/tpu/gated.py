@@ -95,7 +95,7 @@ def gated_matmul(
         weight = dict(zip(("codes", "scale", "zero_point"), parts, strict=True))
         given = kernel_operands({"x": x, "x_scale": x_scale, **weight}, table, p, c, interpret)
         operands |= {(name, i): a for name, a in given.items() if not i or name not in _OF_BOTH}
-    rows, scratch = max(p.m, c.bm), scratch_shapes(p, c)
+    scratch = scratch_shapes(p, c)
     specs = block_specs(p, c, rows=lambda i, j: i, columns=lambda i, j: j, depth=lambda i, j: 0)
     multiplied = dataclasses.replace(p, gate=True)
 
@@ -112,12 +112,12 @@ def gated_matmul(
         matmul_body(named[1] | {"out": out, "gate": opened}, multiplied, c, 0, False)
 
     shared_out: Any = "parallel" if c.parallel else "arbitrary"
-    out = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(rows, c.bm), pl.cdiv(p.n, c.bn)),
+        grid=(pl.cdiv(p.m, c.bm), pl.cdiv(p.n, c.bn)),
         in_specs=[specs[name] for name, _ in operands],
         out_specs=specs["out"],
-        out_shape=jax.ShapeDtypeStruct((rows, p.n), jnp.dtype(p.out_dtype)),
+        out_shape=jax.ShapeDtypeStruct((p.m, p.n), jnp.dtype(p.out_dtype)),
         scratch_shapes=[pltpu.VMEM((c.bm, c.bn), jnp.float32), *scratch.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(shared_out, shared_out),
@@ -131,4 +131,3 @@ def gated_matmul(
         interpret=interpret,
         name=f"gated_{kernel_name(p, c)}",
     )(*operands.values())
-    return out[: p.m]

@@ -26,7 +26,7 @@ from jaxquant.pallas_kernels.problem import (
     Unsupported,
     dtype_bytes,
 )
-from jaxquant.pallas_kernels.tpu import split, table
+from jaxquant.pallas_kernels.tpu import table
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, Reading, ScaleTime, vmem_bytes
@@ -41,6 +41,9 @@ AFTER_ROWS = 128
 _AFTER_COPIES = 64
 # x is cut into two parts (`tpu.split`) up to so many copies of rows: each needs sums of its own.
 _SPLIT_ROWS = 32
+# It is cut into three parts of int8 where they fit into one register, or into two on chips whose
+# vector units convert int4 to bfloat16 in one step, too, and are left some time for more sums.
+_INTEGER_ROWS, _WIDE_INTEGER_ROWS = 8, 16
 # Tiles of rows grouped by expert: at most so many; and the rows of v5e whose product takes as long
 # as unpacking a weight and pushing it into the matrix units.
 _MOST_TILE_ROWS = 512
@@ -150,6 +153,11 @@ def _operand(problem: MatmulProblem, chip: Chip) -> str:
     few = _up(problem.m, 16) * copies <= _SPLIT_ROWS
     if problem.codes in ("int4", "int2") and few and chip.int4_to_float8:
         return "float8_e4m3fn"
+    most = _WIDE_INTEGER_ROWS if chip.has_bf16_vpu else _INTEGER_ROWS
+    few = _rows(problem.m) * copies <= most
+    pays = problem.codes in ("int8", "int4", "int2") or problem.codes == "int3" and most < 16
+    if few and pays and "int8" in chip.mxu_dtypes:
+        return "int8"
     return "bfloat16"
 
 
@@ -182,7 +190,7 @@ def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime)
             raise Unsupported(f"{chip.name} does not gather within registers, as tables need")
         return "table"
     if p.codes in PACKED:
-        return "nibbles" if chip.has_bf16_vpu else "bits"
+        return "nibbles" if chip.has_bf16_vpu or operand == "int8" else "bits"
     if scale == "before" and chip.has_bf16_vpu and p.codes in ("int4", "int8"):
         return "staged"
     fits = p.k % LANES == 0 and (p.groups == 1 or LANES % p.group == 0 or p.group % LANES == 0)
@@ -247,9 +255,7 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
       Unsupported: k cannot be cut so.
     """
     p = problem
-    bm = min(_up(wanted.bm, 16), _up(p.m, 16))
-    if p.m <= 8 and split.parts(p, wanted) > 1:
-        bm = 8  # a register of sums for each part: half the scaling of 16 rows, which bounds it
+    bm = min(_up(wanted.bm, 16), _rows(p.m))
     bn = p.n if p.n <= wanted.bn else near_divisor(p.n, wanted.bn)
     bk = _block_of_k(p.k, _granule(p), wanted.bk)
     scaled_in: Any = "bfloat16" if p.e2m1 and chip.has_bf16_vpu else "float32"
@@ -280,9 +286,10 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
 def _streams(problem: MatmulProblem, config: MatmulConfig, chip: Chip) -> bool:
     """Whether fetching codes itself is possible for a kernel, and pays."""
     p, c = problem, config
-    few = c.bm == _STREAM_ROWS >= p.m and c.bk == p.k and p.n % c.bn == 0 and c.scale == "after"
+    few = p.m <= c.bm <= _STREAM_ROWS and c.bk == p.k and p.n % c.bn == 0 and c.scale == "after"
     whole = p.group % LANES == 0 and p.groups % PARTS == 0 and c.bk * c.bn >= _STREAM_CODES
-    return few and whole and p.codes == "int4" and chip.name in _STREAMS
+    short = p.codes == "int2" and c.operand == "int8" and not chip.has_bf16_vpu
+    return few and whole and (p.codes == "int4" or short) and chip.name in _STREAMS
 
 
 def _block_of_k(k: int, granule: int, most: int) -> int:
@@ -302,6 +309,11 @@ def near_divisor(n: int, wanted: int) -> int:
         if n % bn == 0:
             return bn
     return wanted
+
+
+def _rows(rows: int) -> int:
+    """Of a block that has them all: registers of 32 bits hold 8."""
+    return _up(rows, 8 if rows <= 8 else 16)
 
 
 def _up(value: int, multiple: int) -> int:

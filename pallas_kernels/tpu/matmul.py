@@ -1,9 +1,9 @@
 """`quantized_matmul`: the Pallas TPU kernel on plain arrays.
 
-Called by `jaxquant.pallas_kernels.dispatch` and by whoever has codes and scales at hand. Rows and
-columns that do not fill a block are cut off by Pallas; contracted values must, and a config is
-chosen so that they do (`tpu.heuristics`). The arithmetic is `tpu.body`; nothing here depends on
-a device, so it can be interpreted on CPU.
+Called by `jaxquant.pallas_kernels.dispatch` and by whoever has codes and scales at hand. What a
+block has beyond the rows and columns of the product is arbitrary, meets no other row or column, and
+is cut off by Pallas; contracted values fill their blocks: a config is chosen so (`tpu.heuristics`).
+The arithmetic is `tpu.body`; nothing here depends on a device, so it can be interpreted on CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxquant.pallas_kernels.tpu.prepare import scratch_shapes
 from jaxquant.pallas_kernels.tpu.reading import LANES
 
 _ORDER = ("x", "codes", "scale", "zero_point", "table", "x_scale", "bias", "gate", "residual")
-_OVER_ROWS = ("x", "x_scale", "gate", "residual")
+_CORES = 2  # of a device with several: v4 and v5p
 
 
 def quantized_matmul(
@@ -80,15 +80,19 @@ def quantized_matmul(
         "residual": residual,
     }
     operands = kernel_operands(given, table, problem, config, interpret)
-    rows = max(problem.m, config.bm)
-    grid = pl.cdiv(rows, config.bm), pl.cdiv(problem.n, config.bn), problem.k // config.bk
+    grid = pl.cdiv(problem.m, config.bm), pl.cdiv(problem.n, config.bn), problem.k // config.bk
+    # With one block of rows each core has columns of its own and prepares x once, at its first.
+    apart = config.parallel and grid[0] == 1 and grid[1] % _CORES == 0
+    share = grid[1] // _CORES
+    if apart:
+        grid = _CORES, share, grid[2]
     scratch = scratch_shapes(problem, config)
     if config.stream:
         scratch |= stream.scratch(problem.code_rows, config.bn, codes.dtype)
     everything = (*operands, "out", *scratch)
 
     def kernel(*refs: Any) -> None:
-        new_rows = True if config.parallel else pl.program_id(1) == 0
+        new_rows = True if config.parallel and not apart else pl.program_id(1) == 0
         named = dict(zip(everything, refs, strict=True))
         if not config.stream:
             matmul_body(named, problem, config, pl.program_id(2), new_rows)
@@ -99,22 +103,22 @@ def quantized_matmul(
     specs = block_specs(
         problem,
         config,
-        rows=lambda i, j, k: i,
-        columns=lambda i, j, k: j,
+        rows=lambda i, j, k: 0 if apart else i,
+        columns=lambda i, j, k: i * share + j if apart else j,
         depth=lambda i, j, k: k,
     )
     if config.stream:
         specs["codes"] = pl.BlockSpec(memory_space=pltpu.HBM)
     shared: Any = "parallel" if config.parallel else "arbitrary"
-    out = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[specs[name] for name in operands],
         out_specs=specs["out"],
-        out_shape=jax.ShapeDtypeStruct((rows, problem.n), jnp.dtype(problem.out_dtype)),
+        out_shape=jax.ShapeDtypeStruct((problem.m, problem.n), jnp.dtype(problem.out_dtype)),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(shared, shared, "arbitrary"),
+            dimension_semantics=(shared, "arbitrary" if apart else shared, "arbitrary"),
             vmem_limit_bytes=config.vmem_limit_bytes,
         ),
         cost_estimate=pl.CostEstimate(
@@ -125,7 +129,6 @@ def quantized_matmul(
         interpret=interpret,
         name=kernel_name(problem, config),
     )(*operands.values())
-    return out[: problem.m]
 
 
 def kernel_operands(
@@ -136,13 +139,13 @@ def kernel_operands(
     interpret: Any,
     experts: int = 0,
 ) -> dict[str, jax.Array]:
-    """What is passed to a kernel, in its order: cast, padded to a block of rows, and checked.
+    """What is passed to a kernel, in its order: cast and checked.
 
     Args:
       given: arrays by name, None for those that are not there.
       table: the 16 values of "table4" codes.
       problem: must agree with the arrays.
-      config: its rows a block, and where operands lie.
+      config: its reading of a table, and where operands lie.
       interpret: as for pl.pallas_call.
       experts: size of the leading axis of the weight's parts; 0 for none.
 
@@ -157,14 +160,9 @@ def kernel_operands(
             arrays[name] = arrays[name].astype(jnp.float32)
     arrays["table"] = _table_operand(table, problem, config)
     _check(arrays, problem, (experts,) if experts else ())
-    more = max(0, config.bm - problem.m)  # a block may have more rows than there are
-    operands = {
-        name: jnp.pad(arrays[name], ((0, more), (0, 0))) if name in _OVER_ROWS else arrays[name]
-        for name in _ORDER
-        if arrays.get(name) is not None
-    }
     if problem.x_scale and _lies(problem, config):
-        operands["x_scale"] = operands["x_scale"].reshape(1, config.bm)
+        arrays["x_scale"] = arrays["x_scale"].reshape(1, problem.m)
+    operands = {name: arrays[name] for name in _ORDER if arrays.get(name) is not None}
     return placed(operands, config, interpret)
 
 
@@ -209,7 +207,7 @@ def block_specs(
     result = pl.BlockSpec((c.bm, c.bn), lambda *g: (rows(*g), columns(*g)))
     row_scales = pl.BlockSpec((c.bm, 1), lambda *g: (rows(*g), 0))
     if _lies(problem, c):
-        row_scales = pl.BlockSpec((1, c.bm), lambda *g: (0, 0))
+        row_scales = pl.BlockSpec((1, problem.m), lambda *g: (0, 0))
     return {
         "x": pl.BlockSpec((c.bm, c.bk), lambda *g: (rows(*g), depth(*g))),
         "codes": of_weight(code_rows, depth),

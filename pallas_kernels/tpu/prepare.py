@@ -18,7 +18,6 @@ from jaxquant.pallas_kernels.problem import MatmulProblem
 from jaxquant.pallas_kernels.tpu import e4m3, reading, split
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig, converts_once
-from jaxquant.pallas_kernels.tpu.epilogue import widen
 from jaxquant.pallas_kernels.tpu.reading import LANES, SHUFFLED
 
 Refs = dict[str, Any]
@@ -26,6 +25,7 @@ Refs = dict[str, Any]
 # Chunks of x are laid out in batches of so many results: one push of the permutation serves them
 # all, and 32 of the 64 registers hold them.
 _LAID_OUT_TOGETHER = 32 * 1024
+_TILE_BYTES = 32  # of a register's rows, 128 lanes each
 
 
 def corrections_of(problem: MatmulProblem, config: MatmulConfig) -> tuple[str, ...]:
@@ -41,17 +41,17 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
     c, cut = config, Chunks.make(problem, config)
     shapes: dict[str, Any] = {}
     if c.bk != problem.k:
-        whole = c.operand.startswith("int") and c.scale == "end"
+        whole = c.operand.startswith("int") and c.scale == "end" and cut.parts == 1
         shapes["acc"] = pltpu.VMEM((c.bm, c.bn), jnp.int32 if whole else jnp.float32)
-    rows = cut.count * cut.copies * c.bm
     if c.reading in SHUFFLED or cut.copies > 1 or converts_once(problem, c):
         columns = _columns_laid_out(c, cut)
+        rows = cut.count * _rows_laid_out(c, cut)
         shapes["laid_out"] = pltpu.VMEM((rows, columns), jnp.dtype(c.operand))
     sums = c.bm if c.scale == "end" else cut.count * cut.stack * c.bm
     for name in corrections_of(problem, c):
         shapes[name] = pltpu.VMEM((sums, LANES), jnp.float32)
     if split.needs_factor(problem, c):
-        shapes["factor"] = pltpu.VMEM((2 * c.bm, LANES), jnp.float32)
+        shapes["factor"] = pltpu.VMEM((c.bm, LANES), jnp.float32)
     if problem.codes == "int3":
         shapes["words"] = pltpu.VMEM((c.bn // LANES * (3 * c.bk // 32), LANES), jnp.uint32)
     return shapes
@@ -60,6 +60,12 @@ def scratch_shapes(problem: MatmulProblem, config: MatmulConfig) -> dict[str, An
 def _columns_laid_out(config: MatmulConfig, cut: Chunks) -> int:
     """Of x's chunks: "e4m3" has two operands below each other."""
     return cut.size * (2 if config.reading == "e4m3" else 1)
+
+
+def _rows_laid_out(config: MatmulConfig, cut: Chunks) -> int:
+    """From one chunk to the next: each begins where registers of the operand do."""
+    tile = _TILE_BYTES // jnp.dtype(config.operand).itemsize
+    return -(-cut.copies * config.bm // tile) * tile
 
 
 def prepare(
@@ -88,10 +94,10 @@ def prepare(
     side = jnp.concatenate(sides, axis=1).astype(whole) if sides else None
     width = size if side is None else side.shape[1]
     batch = max(1, _LAID_OUT_TOGETHER // width // bm)
-    up = None
+    up = counted = None
     if "factor" in refs:
-        refs["factor"][:bm, :], refs["factor"][bm:, :] = split.factors(refs["x"][...])
-        up = refs["factor"][bm:, :]
+        refs["factor"][...], up = split.factors(refs["x"][...], config.operand)
+        counted = up if split.unit(config.operand) == 1 else up / split.unit(config.operand)
     totals: dict[str, jax.Array] = {}
     for first in range(0, cut.count, batch):
         chunks = range(first, min(first + batch, cut.count))
@@ -105,19 +111,18 @@ def prepare(
             own = slice(i * bm, (i + 1) * bm)
             if cut.parts > 1:
                 copies = [_group_only(x[own], g, problem, config, cut) for g in range(cut.stack)]
-                rows = pl.ds(c * cut.copies * bm, cut.copies * bm)
-                if up is not None:
-                    copies = [copy * widen(up, size).astype(whole) for copy in copies]
-                refs["laid_out"][rows, :] = split.separated(copies, config.operand)
+                rows = pl.ds(c * _rows_laid_out(config, cut), cut.copies * bm)
+                refs["laid_out"][rows, :] = split.separated(copies, up, config.operand)
             for g in range(cut.stack):
-                rows = pl.ds((c * cut.stack + g) * bm, bm)
                 if "laid_out" in refs and cut.parts == 1:
+                    rows = pl.ds(c * _rows_laid_out(config, cut) + g * bm, bm)
                     refs["laid_out"][rows, :] = _group_only(x[own], g, problem, config, cut)
+                rows = pl.ds((c * cut.stack + g) * bm, bm)
                 for at, name in enumerate(corrections):
                     first_lane = (at * cut.stack + g) * LANES
                     sums = y[own, first_lane : first_lane + LANES]
                     if config.scale == "after":
-                        refs[name][rows, :] = sums if up is None else sums * up
+                        refs[name][rows, :] = sums if counted is None else sums * counted
                     else:  # added up, and subtracted from totals that are as x is again
                         totals[name] = totals[name] + sums if name in totals else sums
     for name, total in totals.items():
@@ -157,9 +162,9 @@ def add(ref: Any, value: jax.Array, step: Any) -> None:
 
 def x_chunk(refs: Refs, config: MatmulConfig, cut: Chunks, chunk: int) -> jax.Array:
     """X of one chunk, laid out: [parts * stack * bm, size]."""
-    rows = cut.copies * config.bm
     if "laid_out" in refs:
-        return refs["laid_out"][chunk * rows : (chunk + 1) * rows, :]
+        first = chunk * _rows_laid_out(config, cut)
+        return refs["laid_out"][first : first + cut.copies * config.bm, :]
     return refs["x"][:, chunk * cut.size : (chunk + 1) * cut.size].astype(config.operand)
 
 

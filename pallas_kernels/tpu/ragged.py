@@ -113,8 +113,7 @@ def ragged_matmul(
     given = {"x": x, "codes": codes, "scale": scale, "zero_point": zero_point, "x_scale": x_scale}
     operands = kernel_operands(given, table, p, c, interpret, experts)
     visits = make_visits(group_sizes, p.m, c.bm)
-    rows = max(p.m, c.bm)
-    several = pl.cdiv(rows, c.bm) > 1
+    several = pl.cdiv(p.m, c.bm) > 1
     scratch = scratch_shapes(p, c)
     shared: Any = "parallel" if c.parallel else "arbitrary"
     names = (*Visits._fields[1:], *operands, "out", *scratch)
@@ -130,7 +129,7 @@ def ragged_matmul(
         depth=lambda j, v, k, *_: k,
         expert=lambda j, v, k, tile, expert, *_: expert[v],
     )
-    out = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(Visits._fields) - 1,
@@ -139,7 +138,7 @@ def ragged_matmul(
             out_specs=specs["out"],
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=jax.ShapeDtypeStruct((rows, p.n), jnp.dtype(p.out_dtype)),
+        out_shape=jax.ShapeDtypeStruct((p.m, p.n), jnp.dtype(p.out_dtype)),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(shared, "arbitrary", "arbitrary"),
             vmem_limit_bytes=c.vmem_limit_bytes,
@@ -147,7 +146,6 @@ def ragged_matmul(
         interpret=interpret,
         name=f"ragged_{kernel_name(p, c)}",
     )(*visits[1:], *operands.values())
-    return out[: p.m]
 
 
 def _visit(

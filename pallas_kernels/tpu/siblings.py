@@ -90,7 +90,7 @@ def sibling_matmuls(
       ValueError: an array does not have the shape or dtype that its problem states.
     """
     c, p = config, problems[0]
-    rows, depth = max(p.m, c.bm), p.k // c.bk
+    depth = p.k // c.bk
     names: list[tuple[str, int | None]] = []  # with whose it is; None for all
     arrays: list[jax.Array] = []
     in_specs: list[pl.BlockSpec] = []
@@ -123,11 +123,11 @@ def sibling_matmuls(
 
     outs = pl.pallas_call(
         kernel,
-        grid=(cores, pl.cdiv(rows, c.bm), ranges[-1][1], depth),
+        grid=(cores, pl.cdiv(p.m, c.bm), ranges[-1][1], depth),
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=[
-            jax.ShapeDtypeStruct((rows, own.n), jnp.dtype(own.out_dtype)) for own in problems
+            jax.ShapeDtypeStruct((p.m, own.n), jnp.dtype(own.out_dtype)) for own in problems
         ],
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
@@ -137,7 +137,7 @@ def sibling_matmuls(
         interpret=interpret,
         name=f"{len(problems)}_of_{kernel_name(p, c)}",
     )(*arrays)
-    return [out[: p.m] for out in outs]
+    return list(outs)
 
 
 def _specs(

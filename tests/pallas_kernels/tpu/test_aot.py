@@ -41,6 +41,8 @@ PROBLEMS = {
     "bf16 x fp8": MatmulProblem(16, 512, 512, "float8_e5m2", group=128),
     "w2a16": MatmulProblem(16, 512, 512, "int2", group=64),
     "w3a16": MatmulProblem(16, 512, 256, "int3", group=128),
+    "w2a16, 5 rows": MatmulProblem(5, 512, 512, "int2", group=128),
+    "w3a16, 5 rows": MatmulProblem(5, 512, 256, "int3", group=128),
     "ragged": MatmulProblem(3, 200, 100, "int4"),
     "narrow last strip": MatmulProblem(17, 512, 384, "int4", group=64),
     "narrow last strip, zero points": MatmulProblem(3, 256, 640, "int4", group=32, zero_point=True),

@@ -72,13 +72,12 @@ def test_codes_stay_in_hbm_where_xla_would_copy_them():
         assert kept == {"v7x"}
 
 
-@pytest.mark.parametrize(
-    ("rows", "group", "block"), [(1, 128, 8), (8, 128, 8), (9, 128, 16), (8, 32, 16)]
-)
-def test_eight_rows_are_a_block_where_x_is_in_parts(rows, group, block):
-    problem = dataclasses.replace(INT4, m=rows, group=group)
-    assert by_rules(problem, CHIPS["v7x"]).bm == block
-    assert by_rules(problem, CHIPS["v6e"]).bm == 16
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+def test_up_to_eight_rows_are_a_block_of_eight(chip):
+    for rows, block in ((1, 8), (8, 8), (9, 16), (17, 32)):
+        for change in ({}, {"group": 32}, {"codes": "int8", "group": 0}):
+            problem = dataclasses.replace(INT4, m=rows, **change)
+            assert by_rules(problem, CHIPS[chip]).bm == block
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e", "v7x"])
@@ -136,6 +135,21 @@ def test_who_reads_int8_by_way_of_float32():
     assert [by_rules(problem, chip).reading for chip in CHIPS.values()] == ["bytes"] + 4 * ["cast"]
     assert "int8" in select(problem, "TPU v4", forced=False).name
     assert by_rules(dataclasses.replace(problem, group=96, k=96), CHIPS["v4"]).reading == "cast"
+
+
+def test_who_cuts_x_into_integers():
+    """Where three parts fit a register of int8; on v6e two. int3 is unpacked no sooner there."""
+    most = {"v4": 0, "v5e": 8, "v5p": 8, "v6e": 16, "v7x": 0}
+    for chip, rows in most.items():
+        for codes in ("int8", "int4", "int3", "int2"):
+            if chip == "v6e" and codes == "int3":
+                continue
+            for m in (1, 8, 9, 16, 17):
+                problem = dataclasses.replace(INT4, m=m, codes=codes)
+                assert (by_rules(problem, CHIPS[chip]).operand == "int8") == (m <= rows)
+    for change in ({"codes": "int3"}, {"group": 32}):
+        problem = dataclasses.replace(INT4, **change)
+        assert by_rules(problem, CHIPS["v6e"]).operand == "bfloat16"
 
 
 @pytest.mark.parametrize("codes", ["int2", "int3"])

@@ -206,31 +206,73 @@ def test_int4_times_int4(chip):
         check(problem, dataclasses.replace(config, operand=on_cpu))
 
 
-@pytest.mark.parametrize("x_dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize(
-    ("codes", "group", "scale"), [("int4", 128, "after"), ("int4", 32, "after"), ("int4", 0, "end")]
-)
-def test_x_in_two_parts(codes, group, scale, x_dtype):
-    """Float8 operands, and rows of all magnitudes: errors are those of float32 sums."""
-    for zero_point in (False, True):
+PARTS = [
+    *(
+        ("float8_e4m3fn", x, "int4", *how)
+        for x in ("bfloat16", "int8")
+        for how in ((128, "after", "cast"), (32, "after", "cast"), (0, "end", "cast"))
+    ),
+    ("int8", "bfloat16", "int4", 128, "after", "cast"),
+    ("int8", "bfloat16", "int4", 32, "after", "cast"),
+    ("int8", "bfloat16", "int4", 512, "after", "cast"),  # beyond what int32 sums of parts hold
+    ("int8", "bfloat16", "int4", 0, "end", "cast"),
+    ("int8", "float8_e4m3fn", "int4", 128, "after", "cast"),
+    ("int8", "bfloat16", "int8", 64, "after", "cast"),
+    ("int8", "bfloat16", "int8", 0, "end", "cast"),
+    ("int8", "bfloat16", "int2", 64, "after", "nibbles"),
+    ("int8", "bfloat16", "int2", 0, "end", "nibbles"),
+    ("int8", "bfloat16", "int3", 128, "after", "nibbles"),
+    ("int8", "bfloat16", "int3", 0, "end", "nibbles"),
+]
+
+
+@pytest.mark.parametrize("how", PARTS, ids=lambda how: "-".join(map(str, how)))
+def test_x_in_parts(how):
+    """Rows of all magnitudes: errors are 2^-21 of a row's largest, or those of float32 sums."""
+    operand, x_dtype, codes, group, scale, reading = how
+    for zero_point, rows in ((False, 8), (True, 16)):
         problem = MatmulProblem(
-            6, 512, 256, codes, x_dtype, group, zero_point, x_dtype == "int8", out_dtype="float32"
+            6,
+            1024,
+            256,
+            codes,
+            x_dtype,
+            group,
+            zero_point,
+            x_dtype != "bfloat16",
+            out_dtype="float32",
         )
         case = cases.make(problem)
         if x_dtype == "bfloat16":
             sizes = 2.0 ** np.array([-90, -30, 0, 7, 60, 0])[:, None]
             sizes[-1] = 0
-            x = jnp.asarray(np.asarray(case.arrays["x"], np.float32) * sizes, jnp.bfloat16)
+            x = np.asarray(case.arrays["x"], np.float32) * sizes
+            x[1::2, 5] *= 1000
+            x = jnp.asarray(x, jnp.bfloat16)
             want = np.asarray(x, np.float64) @ case.weight
             reach = np.abs(np.asarray(x, np.float64)) @ np.abs(case.weight)
             case = case._replace(arrays=case.arrays | {"x": x}, want=want, scale_of_errors=reach)
-        for rows in (16, 8):
-            blocks = BLOCKS | {"bm": rows}
-            config = MatmulConfig(
-                bk=256, scale=scale, reading="cast", operand="float8_e4m3fn", **blocks
-            )
-            got = np.asarray(cases.run(problem, config, case), np.float64)
-            assert (np.abs(got - case.want) <= 1e-5 * case.scale_of_errors).all()
+        config = MatmulConfig(
+            rows, 128, 512, scale=scale, reading=reading, operand=operand, vmem_limit_bytes=2**24
+        )
+        got = np.asarray(cases.run(problem, config, case), np.float64)
+        of_largest = np.abs(np.asarray(case.arrays["x"], np.float64)).max(1, keepdims=True)
+        bound = 1e-6 * case.scale_of_errors + 2.0**-21 * of_largest * np.abs(case.weight).sum(0)
+        assert (np.abs(got - case.want) <= bound).all()
+
+
+@pytest.mark.parametrize("operand", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize(("group", "scale"), [(128, "after"), (0, "end")])
+def test_parts_of_what_is_no_number(operand, group, scale):
+    """Rows with an infinity or a NaN are NaN, the others what they are without them."""
+    problem = MatmulProblem(5, 256, 128, "int4", "bfloat16", group, out_dtype="float32")
+    config = MatmulConfig(8, 128, 256, scale=scale, reading="cast", operand=operand)
+    case = cases.make(problem)
+    usual = np.asarray(cases.run(problem, config, case))
+    x = case.arrays["x"].at[1, 3].set(jnp.inf).at[2, 7].set(-jnp.inf).at[4, 0].set(jnp.nan)
+    got = np.asarray(cases.run(problem, config, case._replace(arrays=case.arrays | {"x": x})))
+    assert np.isnan(got[[1, 2, 4]]).all()
+    np.testing.assert_array_equal(got[[0, 3]], usual[[0, 3]])
 
 
 @given(
@@ -282,25 +324,31 @@ def test_float8_by_its_bits(group, scale, bk, x_dtype):
     assert (np.abs(got - x @ weight) <= 1e-5 * (np.abs(x) @ np.abs(weight))).all()
 
 
-def test_parts_are_exact():
-    """Eight significant bits are two times four, down to 2^-13 of the largest of a row."""
-    rng = np.random.default_rng(0)
-    magnitudes = rng.uniform(1, 2, (16, 256)) * 2.0 ** rng.integers(-20, -7, (16, 256))
+@pytest.mark.parametrize("operand", ["float8_e4m3fn", "int8"])
+def test_parts_are_exact(operand):
+    """Eight significant bits, down to 2^-13 of the largest of a row, rows of any magnitude."""
+    rng, count = np.random.default_rng(0), split.PARTS[operand]
+    magnitudes = rng.uniform(1, 2, (16, 256)) * 2.0 ** rng.integers(-13, 0, (16, 256))
+    magnitudes[:, 0] = rng.uniform(1, 1.99, 16)
+    magnitudes *= 2.0 ** np.array([-99, 126, *rng.integers(-99, 126, 14)])[:, None]
     x = jnp.asarray(magnitudes * rng.choice([-1, 1], magnitudes.shape), jnp.bfloat16)
+    problem = MatmulProblem(16, 256, 128, "int4")
+    config = MatmulConfig(16, 128, 256, "end", "cast", operand)
 
     def kernel(x_ref, down_ref, up_ref, parts_ref):
-        down_ref[...], up_ref[...] = split.factors(x_ref[...])
-        scaled = x_ref[...] * up_ref[:, :1].astype(jnp.bfloat16)
-        parts_ref[...] = split.separated([scaled], "float8_e4m3fn")
+        down_ref[...], up_ref[...] = split.factors(x_ref[...], operand)
+        parts_ref[...] = split.separated([x_ref[...]], up_ref[...], operand)
 
     wide = jax.ShapeDtypeStruct((16, 128), jnp.float32)
-    shapes = (wide, wide, jax.ShapeDtypeStruct((32, 256), jnp.float8_e4m3fn))
+    shapes = (wide, wide, jax.ShapeDtypeStruct((16 * count, 256), jnp.dtype(operand)))
     call = pl.pallas_call(kernel, out_shape=shapes, interpret=True)
     down, up, parts = (np.asarray(a, np.float64) for a in call(x))
-    assert (down * up == 1).all() and (np.log2(up) % 1 == 0).all()
+    assert (down * up == split.unit(operand)).all() and (np.log2(up) % 1 == 0).all()
     largest = np.abs(np.asarray(x, np.float64)).max(1) * up[:, 0]
-    assert (largest >= 128).all() and (largest < 256).all()
-    joined = np.asarray(split.joined(jnp.asarray(parts), 2), np.float64) * down[:, :1]
+    wanted = {"float8_e4m3fn": 128, "int8": 64}[operand]
+    assert (largest >= wanted).all() and (largest < 2 * wanted).all()
+    sums = jnp.asarray(parts, jnp.int32 if operand == "int8" else jnp.float32)
+    joined = np.asarray(split.joined(sums, problem, config), np.float64) * down[:, :1]
     np.testing.assert_array_equal(joined, np.asarray(x, np.float64))
     assert np.isnan(np.asarray(call(x.at[3, 5].set(jnp.inf))[0])[3]).all()
 
@@ -314,13 +362,16 @@ def test_no_races(reading, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("reading", ["cast", "bits"])
+@pytest.mark.parametrize(
+    ("codes", "reading", "operand"),
+    [("int4", "cast", "bfloat16"), ("int4", "bits", "bfloat16"), ("int2", "nibbles", "int8")],
+)
 @pytest.mark.parametrize("columns", [256, 768])
-def test_codes_fetched_by_the_kernel(columns, reading, capfd):
+def test_codes_fetched_by_the_kernel(columns, codes, reading, operand, capfd):
     """One block of columns and three: each half is there when it is multiplied."""
-    problem = MatmulProblem(5, 512, columns, "int4", "bfloat16", 128, True, out_dtype="float32")
+    problem = MatmulProblem(5, 512, columns, codes, "bfloat16", 128, True, out_dtype="float32")
     blocks = BLOCKS | {"bn": 256, "bk": 512}
-    config = MatmulConfig(scale="after", reading=reading, stream=True, **blocks)
+    config = MatmulConfig(scale="after", reading=reading, operand=operand, stream=True, **blocks)
     check(problem, config)
     check(problem, config, interpret=pltpu.InterpretParams(detect_races=True))
     assert "RACE DETECTED" not in capfd.readouterr().out

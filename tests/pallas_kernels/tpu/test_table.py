@@ -49,7 +49,7 @@ def test_an_entry_serves_its_bucket_and_nothing_else(monkeypatch):
     problem, v6e = MatmulProblem(5, 4096, 3072, "int4", group=128), CHIPS["v6e"]
     for served in (problem, dataclasses.replace(problem, n=7680)):
         config = heuristics.choose_config(served, v6e)
-        assert (config.bm, config.bn, config.bk, config.reading) == (16, 384, 2048, "cast")
+        assert (config.bm, config.bn, config.bk, config.reading) == (8, 384, 2048, "cast")
     others = [
         dataclasses.replace(problem, m=17),
         dataclasses.replace(problem, k=8192),
