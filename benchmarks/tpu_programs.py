@@ -184,12 +184,12 @@ def time_of(chip: Chip, item: Program, static: Static, like: Static | None = Non
     if static.cycles is not None:
         first = _first_blocks(chip, item, static)
         compute = first + (static.cycles / chip.clock * 1e6 - first) * item.times
-        unwaited = None
+        unwaited, at_least = None, False
         if item.config is not None:
             if static.source != "estimate" and chip.name != "v4":  # the estimator aborted
                 once = _once(item, static)
                 compute = _two_buffers(_steps(item), static, chip, memory, once)
-                # A bundle may take several cycles.
+                at_least = compute < _matrix(chip, item)  # a bundle may take several cycles
                 compute = max(compute, _matrix(chip, item))
             busy = _busy(chip, item, static)
             unwaited = min(max(busy, memory), max(compute, memory))
@@ -197,7 +197,7 @@ def time_of(chip: Chip, item: Program, static: Static, like: Static | None = Non
                 unit = "waiting for blocks"
         bound = unit if compute > memory else "memory"
         in_turn = _in_turn(chip, item, static) if item.label in BASELINES[1:] else None
-        return Time(max(compute, memory), bound, unwaited=unwaited, in_turn=in_turn)
+        return Time(max(compute, memory), bound, at_least, unwaited=unwaited, in_turn=in_turn)
     p, rate = item.problem, chip.clock * chip.cores / 1e6
     macs = p.m * p.k * p.n / chip.macs_per_cycle / rate
     bandwidth = chip.hbm_bandwidth * chip.cores / 1e6

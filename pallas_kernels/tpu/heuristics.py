@@ -279,6 +279,8 @@ def fit(problem: MatmulProblem, chip: Chip, wanted: MatmulConfig) -> MatmulConfi
     not_laid_out = 2 * config.bm * config.bk if as_stored else 0  # `vmem_bytes` counts it
     if needed - not_laid_out > limit:
         return None
+    if chip.copies_operands:
+        needed -= not_laid_out  # and leaves room for x, which XLA copies, too
     allowed = min(limit, max(16 * _MIB, _up(needed + needed // 2, _MIB)))
     return dataclasses.replace(config, vmem_limit_bytes=allowed)
 
