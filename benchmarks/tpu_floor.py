@@ -92,7 +92,7 @@ UNPACK: dict[tuple[str, str, bool | None], Unpack] = {
     ("int3", "float8", True): Unpack(_NIBBLES3 + _FLOAT8, 37 / 32 + 0.25),
     ("int2", "bfloat16", False): _BITS2,
     ("int2", "bfloat16", True): Unpack(_NIBBLES2 + _BFLOAT16, 5 / 16 + 0.5),
-    ("int2", "float8", True): Unpack(_NIBBLES2 + _FLOAT8, 5 / 16 + 0.25),
+    ("int2", "float8", True): Unpack("a word of 16 codes: 2 x and, shift; 4 x pick", 7 / 16),
     ("int4", "int4", None): _NONE,
     ("table4", "bfloat16", True): _TABLE_BYTES,
     ("table4", "bfloat16", False): _TABLE,

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.pallas_kernels.problem import MatmulProblem
-from jaxquant.pallas_kernels.tpu import e4m3, lookup, reading, split
+from jaxquant.pallas_kernels.tpu import e4m3, lookup, pairs, reading, split
 from jaxquant.pallas_kernels.tpu.chunks import Chunks
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
 from jaxquant.pallas_kernels.tpu.epilogue import finish, scale_rows, widen, zero_rows
@@ -155,6 +155,8 @@ def _operand(
     if config.reading in SHUFFLED:
         per_row = 4 if problem.codes == "int2" else 1
         block = refs["codes"][start // per_row : (start + size) // per_row, :]
+        if config.reading == "pairs":
+            return pairs.operand_from_pairs(block, config.operand)
         if config.reading in ("bits", "nibbles", "bytes"):
             kind = problem.codes, config.reading, config.operand
             return reading.operand_from_words(*kind, block)

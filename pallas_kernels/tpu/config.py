@@ -18,14 +18,15 @@ ScaleTime = Literal["end", "after", "before"]
 # How codes become operands: "cast", XLA's conversion; "staged", the same, but where the weight is
 # scaled in float32 its codes go there by way of bfloat16, which holds them exactly; "bits", shifted
 # into the mantissa of bfloat16 numbers, whose offset is subtracted from the sums; "nibbles", int2
-# and int3 codes become words of int4, and those are converted; "bytes", int8 by way of float32;
-# "e4m3", float8 by its bits (`tpu.e4m3`); "table", "bytes of table", "e2m1" and "float4", out of a
-# table of 16 values (`tpu.lookup`).
+# and int3 codes become words of int4, and those are converted; "pairs", two int2 codes a look-up
+# (`tpu.pairs`); "bytes", int8 by way of float32; "e4m3", float8 by its bits (`tpu.e4m3`); "table",
+# "bytes of table", "e2m1" and "float4", out of a table of 16 values (`tpu.lookup`).
 Reading = Literal[
     "cast",
     "staged",
     "bits",
     "nibbles",
+    "pairs",
     "bytes",
     "e4m3",
     "table",

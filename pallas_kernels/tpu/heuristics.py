@@ -190,6 +190,8 @@ def _reading(problem: MatmulProblem, chip: Chip, operand: str, scale: ScaleTime)
             raise Unsupported(f"{chip.name} does not gather within registers, as tables need")
         return "table"
     if p.codes in PACKED:
+        if p.codes == "int2" and chip.gathers_bytes and dtype_bytes(operand) == 1:
+            return "pairs"
         return "nibbles" if chip.has_bf16_vpu or operand == "int8" else "bits"
     if scale == "before" and chip.has_bf16_vpu and p.codes in ("int4", "int8"):
         return "staged"

@@ -97,9 +97,9 @@ def values_from_codes(block: jax.Array, table_ref: Any) -> jax.Array:
             own = codes[first : first + TABLE_ROWS, start : start + width]
             low = pltpu.bitcast(own, jnp.uint32) & jnp.uint32(0x0F0F0F0F)
             for rows in twice:
-                pairs = _picked(pltpu.bitcast(low, jnp.int8), rows[:, :width])
+                pairs = picked(pltpu.bitcast(low, jnp.int8), rows[:, :width])
                 at = pltpu.bitcast(pairs, jnp.uint32) | jnp.uint32(0x10001000)
-                values = _picked(table, pltpu.bitcast(at, jnp.int8))
+                values = picked(table, pltpu.bitcast(at, jnp.int8))
                 parts.append(pltpu.bitcast(values, jnp.bfloat16))
         columns.append(jnp.concatenate(parts, axis=0))
     return jnp.concatenate(columns, axis=1)
@@ -111,7 +111,7 @@ def _bytes_twice() -> list[jax.Array]:
     return [pltpu.bitcast(word + first * 0x01010101, jnp.int8) for first in (0, _CODES)]
 
 
-def _picked(source: jax.Array, rows: jax.Array) -> jax.Array:
+def picked(source: jax.Array, rows: jax.Array) -> jax.Array:
     """`take_along_axis` of rows, whose indices it would widen: here as wide as what is picked."""
     by_column = jax.lax.GatherDimensionNumbers(
         offset_dims=(),

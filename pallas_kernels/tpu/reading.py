@@ -1,6 +1,6 @@
 """From stored codes to operands of the matrix units, inside a kernel.
 
-Used by the bodies in this package. Codes that count, in three ways (tables: `tpu.lookup`):
+Used by the bodies in this package. Codes that count, in several ways (tables: `tpu.lookup`):
 
 * "cast": the compiler's own conversion.
 * "bits": shifts and masks turn one 32-bit word of codes into pairs of bfloat16 numbers M + u, where
@@ -10,6 +10,7 @@ Used by the bodies in this package. Codes that count, in three ways (tables: `tp
 * "nibbles", of int2 and int3, where the compiler converts a register of int4 in one operation:
   words of codes become words of int4 that hold twice the value, and those are converted. There is
   no offset.
+* "pairs", of int2, where bytes are picked within registers: `tpu.pairs`.
 * "bytes", of int8: each byte of a word becomes a float32 number, as with "bits" but without its
   offset, and then bfloat16. v4 has no conversion of its own that is as short.
 
@@ -33,7 +34,7 @@ LANES = 128
 # Codes whose order is shuffled among themselves: those of 8 rows of words (int3: of triples).
 UNITS = {"int8": 32, "int4": 64, "int2": 128, "int3": 256, "table4": 64, "float8_e4m3fn": 32}
 # Readings that take words apart: rows come out in the order of `source_row`.
-SHUFFLED = ("bits", "nibbles", "bytes", "e4m3", "table", "e2m1")
+SHUFFLED = ("bits", "nibbles", "pairs", "bytes", "e4m3", "table", "e2m1")
 
 _ROWS = 8  # of a register of 32-bit words
 _MANTISSA = 7  # bits of bfloat16's
@@ -96,10 +97,12 @@ def source_row(codes: str, reading: str, position: Any) -> Any:
     """The stored row, within its unit, of the operand's row at `position` (arrays of int32)."""
     unit = UNITS[codes]
     start, p = (position // unit) * unit, position % unit
-    at_once = {"nibbles": 8, "bytes": 1}.get(reading, 2)  # rows from one word
+    at_once = {"nibbles": 8, "pairs": 4, "bytes": 1}.get(reading, 2)  # rows from one word
     plane, word, slot = p // (_ROWS * at_once), p // at_once % _ROWS, p % at_once
     xp = np if isinstance(position, np.ndarray) else jnp
-    if codes != "int3":
+    if reading == "pairs":
+        code = 4 * slot + plane
+    elif codes != "int3":
         code = (2 * slot + plane) if reading == "nibbles" else plane + unit // 16 * slot
     elif reading == "nibbles":
         # Of each register 32 rows belong to the first 128 stored ones: they come first.

@@ -156,7 +156,9 @@ def test_who_cuts_x_into_integers():
 def test_packed_codes_go_by_way_of_int4_where_it_is_converted_at_once(codes):
     problem = dataclasses.replace(INT4, codes=codes)
     readings = {name: by_rules(problem, chip).reading for name, chip in CHIPS.items()}
-    nibbles = dict.fromkeys(("v6e", "v7x"), "nibbles")
-    assert readings == dict.fromkeys(("v4", "v5e", "v5p"), "bits") | nibbles
+    many = dataclasses.replace(problem, m=1024)
+    later = dict.fromkeys(("v6e", "v7x"), "pairs" if codes == "int2" else "nibbles")
+    assert readings == dict.fromkeys(("v4", "v5e", "v5p"), "bits") | later
+    assert {by_rules(many, CHIPS[name]).reading for name in later} == {"nibbles"}
     narrow = by_rules(problem, CHIPS["v7x"]).operand == "float8_e4m3fn"
     assert narrow == (codes == "int2")  # int3 would be bound by vector operations

@@ -221,6 +221,8 @@ PARTS = [
     ("int8", "bfloat16", "int8", 0, "end", "cast"),
     ("int8", "bfloat16", "int2", 64, "after", "nibbles"),
     ("int8", "bfloat16", "int2", 0, "end", "nibbles"),
+    ("int8", "bfloat16", "int2", 32, "after", "pairs"),
+    ("int8", "bfloat16", "int2", 0, "end", "pairs"),
     ("int8", "bfloat16", "int3", 128, "after", "nibbles"),
     ("int8", "bfloat16", "int3", 0, "end", "nibbles"),
 ]

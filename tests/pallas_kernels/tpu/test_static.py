@@ -199,7 +199,7 @@ def test_every_format_has_a_floor(chip):
         macs = 1024 * 4096 * 4096 / CHIPS[chip].bf16_flops * 2e6 / CHIPS[chip].cores
         assert macs / 2.01 < floor.times["matrix"] < macs * 1.01, label
     with pytest.raises(KeyError, match="no sequence"):
-        tpu_floor.unpack("int3", "int8", CHIPS[chip])
+        tpu_floor.unpack("int8", "int4", CHIPS[chip])
 
 
 def test_floors_of_tables_and_of_int4():
