@@ -153,12 +153,18 @@ def _operand(problem: MatmulProblem, chip: Chip) -> str:
     few = _up(problem.m, 16) * copies <= _SPLIT_ROWS
     if problem.codes in ("int4", "int2") and few and chip.int4_to_float8:
         return "float8_e4m3fn"
-    most = _WIDE_INTEGER_ROWS if chip.has_bf16_vpu else _INTEGER_ROWS
-    few = _rows(problem.m) * copies <= most
-    pays = problem.codes in ("int8", "int4", "int2") or problem.codes == "int3" and most < 16
-    if few and pays and "int8" in chip.mxu_dtypes:
-        return "int8"
-    return "bfloat16"
+    return "int8" if _cuts_into_integers(problem, chip) else "bfloat16"
+
+
+def _cuts_into_integers(problem: MatmulProblem, chip: Chip) -> bool:
+    """Whether x is cut into parts of int8 (`tpu.split`)."""
+    wide = chip.has_bf16_vpu
+    if problem.codes not in ("int8", "int4", "int3", "int2") or "int8" not in chip.mxu_dtypes:
+        return False
+    if wide and problem.codes == "int3":  # unpacking bounds it either way
+        return False
+    copies = max(1, LANES // problem.group)
+    return _rows(problem.m) * copies <= (_WIDE_INTEGER_ROWS if wide else _INTEGER_ROWS)
 
 
 def _scale_time(problem: MatmulProblem, chip: Chip, operand: str) -> ScaleTime:
