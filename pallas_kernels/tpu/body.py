@@ -160,17 +160,15 @@ def _operand(
         if config.reading in ("bits", "nibbles", "bytes"):
             kind = problem.codes, config.reading, config.operand
             return reading.operand_from_words(*kind, block)
-        words, units = pltpu.bitcast(block, jnp.uint32), size // UNITS[problem.codes]
-        if config.reading == "table":
-            return lookup.values_from_words(words, units, refs["table"])
         if config.reading == "e4m3":
             return e4m3.operands(block)
-        return lookup.e2m1_from_words(words, units)
+        words = pltpu.bitcast(block, jnp.uint32)
+        return lookup.e2m1_from_words(words, size // UNITS[problem.codes])
     block = refs["codes"][start : start + size, :]
     if config.reading == "float4":
         return lookup.converted(block)
-    if config.reading == "bytes of table":
-        return lookup.values_from_codes(block, refs["table"])
+    if config.reading in ("table", "bytes of table"):
+        return lookup.table_values(config.reading, block, refs["table"])
     return block.astype(config.operand)
 
 

@@ -103,7 +103,7 @@ def vmem_bytes(problem: MatmulProblem, config: MatmulConfig) -> int:
     if c.scale == "before":  # the scaled weight, x in the order of the reading, more sums
         scratch += 2 * c.bk * (c.bn + c.bm) + 4 * c.bm * c.bn
     if c.scale == "after" and (
-        p.group < 128 or c.reading not in ("cast", "float4", "bytes of table")
+        p.group < 128 or c.reading not in ("cast", "float4", "table", "bytes of table")
     ):
         scratch += c.bm * c.bk * 2 * math.ceil(256 / max(1, min(p.group, 256))) * 3
     if converts_once(p, c):

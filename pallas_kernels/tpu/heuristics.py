@@ -133,11 +133,8 @@ def _check_supported(problem: MatmulProblem) -> None:
             f"packed {p.codes} codes need k (now {p.k}) in multiples of {granule} and n (now"
             f" {p.n}) in multiples of {LANES}"
         )
-    if p.codes == "table4" and (p.k % LANES or (p.n % LANES and not p.e2m1)):
-        raise Unsupported(
-            f"4-bit tables need k (now {p.k}) in multiples of {LANES}, and n (now {p.n}) likewise"
-            " but for E2M1"
-        )
+    if p.codes == "table4" and p.k % LANES:
+        raise Unsupported(f"4-bit tables need k (now {p.k}) in multiples of {LANES}")
 
 
 def _operand(problem: MatmulProblem, chip: Chip) -> str:

@@ -20,7 +20,7 @@ from jaxquant.pallas_kernels.problem import E2M1, PACKED, STORAGE, MatmulProblem
 from jaxquant.pallas_kernels.tpu import stream
 from jaxquant.pallas_kernels.tpu.body import matmul_body
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
-from jaxquant.pallas_kernels.tpu.lookup import TABLE_ROWS, table_bytes, table_rows
+from jaxquant.pallas_kernels.tpu.lookup import TABLE_ROWS, table_rows
 from jaxquant.pallas_kernels.tpu.placement import placed
 from jaxquant.pallas_kernels.tpu.prepare import scratch_shapes
 from jaxquant.pallas_kernels.tpu.reading import LANES
@@ -252,10 +252,8 @@ def _table_operand(
         raise ValueError(f"{problem.codes} codes: table is {table}")
     if table is None:
         return None
-    if config.reading == "table":
-        return table_rows(table)
-    if config.reading == "bytes of table":
-        return table_bytes(table)
+    if config.reading in ("table", "bytes of table"):
+        return table_rows(config.reading, table)
     if tuple(table) != E2M1:
         raise ValueError(f"reading {config.reading!r} is for E2M1 values, not {table}")
     return None

@@ -34,7 +34,7 @@ LANES = 128
 # Codes whose order is shuffled among themselves: those of 8 rows of words (int3: of triples).
 UNITS = {"int8": 32, "int4": 64, "int2": 128, "int3": 256, "table4": 64, "float8_e4m3fn": 32}
 # Readings that take words apart: rows come out in the order of `source_row`.
-SHUFFLED = ("bits", "nibbles", "pairs", "bytes", "e4m3", "table", "e2m1")
+SHUFFLED = ("bits", "nibbles", "pairs", "bytes", "e4m3", "e2m1")
 
 _ROWS = 8  # of a register of 32-bit words
 _MANTISSA = 7  # bits of bfloat16's

@@ -97,7 +97,10 @@ REFUSALS = [
         {"weight": Weight("table4", (256, 128), (4, 128)), "place": Place("tpu", "TPU v4")},
         "v4 does not gather within registers",
     ),
-    ({"weight": Weight("table4", (256, 96), (4, 96))}, "4-bit tables need k (now 256)"),
+    (
+        {"weight": Weight("table4", (192, 128), (3, 128)), "x_shape": (8, 192)},
+        "4-bit tables need k (now 192)",
+    ),
     ({"weight": Weight("int4", (128, 256), (128, 4)), "dims": (((1,), (1,)), ((), ()))}, "copied"),
     ({"x_shape": (0, 256)}, "empty"),
 ]

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.core.qtypes import get_qtype
-from jaxquant.pallas_kernels.tpu import lookup, reading
+from jaxquant.pallas_kernels.tpu import lookup
 
 TABLES = {
     "nf4": get_qtype("nf4").table,
@@ -17,40 +16,27 @@ TABLES = {
         *(3.0e38, -3.0e38, 1 / 3, -1 / 3, 257.0, 1.0, -1.0, 0.1),
     ),
 }
-ROWS, COLUMNS = 128, 200  # two units; a register of columns and a part of one
-
-
-def looked_up(way, table, codes):
-    """bfloat16 values in the order of the reading, made in a kernel."""
-    rows = lookup.table_bytes(table) if way == "bytes of table" else lookup.table_rows(table)
-
-    def kernel(codes, table, out):
-        if way == "bytes of table":
-            out[...] = lookup.values_from_codes(codes[...], table)
-        else:
-            words = pltpu.bitcast(codes[...], jnp.uint32)
-            out[...] = lookup.values_from_words(words, ROWS // 64, table)
-
-    shape = jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16)
-    return jax.jit(pl.pallas_call(kernel, out_shape=shape, interpret=True))(codes, rows)
+ROWS, COLUMNS = 128, 200  # a register of columns and a part of one
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("way", ["table", "bytes of table"])
-def test_values_are_those_of_the_table_in_bfloat16(way, table):
-    columns = COLUMNS if way == "bytes of table" else 256
-    codes = np.random.default_rng(0).integers(-8, 8, (ROWS, columns))
+@pytest.mark.parametrize("reading", ["table", "bytes of table"])
+def test_values_are_those_of_the_table_in_bfloat16(reading, table):
+    codes = np.random.default_rng(0).integers(-8, 8, (ROWS, COLUMNS))
     values = np.asarray(TABLES[table], np.float32).astype(jnp.bfloat16)
-    want = values[codes + 8]
-    if way == "table":
-        order = reading.source_row("table4", way, np.arange(ROWS))
-        want = want[order]
-    got = np.asarray(looked_up(way, TABLES[table], jnp.asarray(codes, jnp.int8).astype(jnp.int4)))
+
+    def kernel(codes, table, out):
+        out[...] = lookup.table_values(reading, codes[...], table)
+
+    shape = jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16)
+    stored = jnp.asarray(codes, jnp.int8).astype(jnp.int4)
+    rows = lookup.table_rows(reading, TABLES[table])
+    got = jax.jit(pl.pallas_call(kernel, out_shape=shape, interpret=True))(stored, rows)
     assert set(codes.flat) == set(range(-8, 8))
-    np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+    bits = np.asarray(got).view(np.uint16)
+    np.testing.assert_array_equal(bits, values[codes + 8].view(np.uint16))
 
 
-@pytest.mark.parametrize("rows", [lookup.table_rows, lookup.table_bytes])
-def test_a_table_has_16_values(rows):
+def test_a_table_has_16_values():
     with pytest.raises(ValueError, match="has 16 values, not 15"):
-        rows((1.0,) * 15)
+        lookup.table_rows("table", (1.0,) * 15)
