@@ -61,7 +61,7 @@ _NIBBLES3 = "3 words of 32 codes: 12 x and, 9 shifts, 8 x or, 4 x xor; 4 for 2 c
 _BFLOAT16 = "a register of bfloat16, 2 codes a lane: one unpacking"
 _FLOAT8 = "a register of float8, 4 codes a lane, from half a register: one unpacking"
 _TABLE = Unpack(
-    "a code: unpack where it points and by how much to shift, pick, shift; 4 codes: unpack, 2 masks;"
+    "a code: unpack where it points and the shift, pick, shift; 4 codes: unpack, 2 masks;"
     " 2 codes: narrow",
     21 / 4,
 )
