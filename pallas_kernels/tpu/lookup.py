@@ -27,13 +27,13 @@ from jaxquant.pallas_kernels.tpu.reading import LANES, shifted
 
 # What "e2m1" makes of a value, over the value.
 E2M1_FACTOR = 4.0
-_EIGHT = 8  # sublanes of a register
 _CODES = 16
-TABLE_ROWS = 32  # bytes of a lane of a register
+TABLE_ROWS = _EIGHT = 8  # sublanes of a register
+_BYTES = 32  # of a lane of a register
 
 
 def table_rows(reading: str, table: Sequence[float]) -> jax.Array:
-    """A table as `table_values` takes it: int8 [32, 128], a register whose lanes are alike.
+    """A table as `table_values` takes it: uint32 [8, 128], a register whose lanes are alike.
 
     Bytes of bfloat16 values. "bytes of table": the low ones of codes 0 to 7 and -8 to -1, then the
     high ones. "table": words of the values of codes c (low half) and c - 8 (high), c from 0 to 7.
@@ -47,11 +47,12 @@ def table_rows(reading: str, table: Sequence[float]) -> jax.Array:
     """
     if len(table) != _CODES:
         raise ValueError(f"a table of 4-bit codes has {_CODES} values, not {len(table)}")
-    values = np.asarray([*table[_EIGHT:], *table[:_EIGHT]], np.float32)
-    bits = jax.lax.bitcast_convert_type(jnp.asarray(values, jnp.bfloat16), jnp.uint8)
-    rows = bits.T if reading == "bytes of table" else bits.reshape(2, _EIGHT, 2).swapaxes(0, 1)
-    rows = jax.lax.bitcast_convert_type(rows.reshape(-1, 1), jnp.int8)
-    return jnp.broadcast_to(rows, (TABLE_ROWS, LANES))
+    values = np.asarray([*table[_EIGHT:], *table[:_EIGHT]], np.float32).astype(jnp.bfloat16)
+    low_high = values.view(np.int8).reshape(2, _EIGHT, 2)
+    order = (2, 0, 1) if reading == "bytes of table" else (1, 0, 2)
+    rows = low_high.transpose(order).reshape(-1).view(np.uint32)[:, None]
+    # By numpy, in full: a constant of the program. Other operations would run at each call.
+    return jnp.asarray(np.repeat(rows, LANES, axis=1))
 
 
 def table_values(reading: str, block: jax.Array, table_ref: Any) -> jax.Array:
@@ -68,8 +69,8 @@ def table_values(reading: str, block: jax.Array, table_ref: Any) -> jax.Array:
     for start in range(0, block.shape[1], LANES):
         width = min(LANES, block.shape[1] - start)
         parts: list[jax.Array] = []
-        for first in range(0, block.shape[0], TABLE_ROWS):
-            own = codes[first : first + TABLE_ROWS, start : start + width]
+        for first in range(0, block.shape[0], _BYTES):
+            own = codes[first : first + _BYTES, start : start + width]
             parts += of_register(pltpu.bitcast(own, jnp.uint32), table_ref[:, :width])
         columns.append(jnp.concatenate(parts, axis=0))
     return jnp.concatenate(columns, axis=1)
@@ -84,9 +85,9 @@ def _by_words(codes: jax.Array, table: jax.Array) -> list[jax.Array]:
         pltpu.bitcast(codes & jnp.uint32(bits), jnp.int8).astype(jnp.int32)
         for bits in (0x07070707, 0x10101010)
     )
-    words, values = pltpu.bitcast(table, jnp.uint32), []
-    for i in range(0, TABLE_ROWS, _EIGHT):
-        values.append(picked(words, at[i : i + _EIGHT]) >> up[i : i + _EIGHT].astype(jnp.uint32))
+    values = []
+    for i in range(0, _BYTES, _EIGHT):
+        values.append(picked(table, at[i : i + _EIGHT]) >> up[i : i + _EIGHT].astype(jnp.uint32))
     # Two registers become one where they are narrowed together.
     return [pltpu.bitcast(jnp.concatenate(values).astype(jnp.uint16), jnp.bfloat16)]
 
@@ -105,7 +106,7 @@ def _by_bytes(codes: jax.Array, table: jax.Array) -> list[jax.Array]:
     for first in (0, _CODES):
         twice = picked(low, pltpu.bitcast(rows + first * 0x01010101, jnp.int8))
         at = pltpu.bitcast(twice, jnp.uint32) | jnp.uint32(0x10001000)
-        found = picked(table, pltpu.bitcast(at, jnp.int8))
+        found = picked(pltpu.bitcast(table, jnp.int8), pltpu.bitcast(at, jnp.int8))
         values.append(pltpu.bitcast(found, jnp.bfloat16))
     return values
 
