@@ -52,7 +52,7 @@ PROBLEMS = {
     "prefill w2a16": MatmulProblem(128 + 2, 256, 256, "int2", group=64),
     "table": MatmulProblem(16, 512, 256, "table4", group=64),
     "e2m1": MatmulProblem(16, 512, 256, "table4", group=32, e2m1=True),
-    "prefill table": MatmulProblem(256, 256, 256, "table4", group=64),
+    "prefill table": MatmulProblem(256, 256, 300, "table4", group=64),
     "nvfp4": MatmulProblem(16, 512, 256, "table4", group=16, e2m1=True),
     "prefill nvfp4": MatmulProblem(130, 256, 300, "table4", group=16, e2m1=True),
     "prefill e2m1": MatmulProblem(130, 256, 300, "table4", group=32, e2m1=True),

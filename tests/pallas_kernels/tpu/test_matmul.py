@@ -39,9 +39,7 @@ def problems(draw):
     return MatmulProblem(
         draw(st.sampled_from([1, 5, 16, 40, 70, 130])),
         k,
-        draw(
-            st.sampled_from([128, 256, 384] if codes in ("int3", "int2", "table4") else [96, 300])
-        ),
+        draw(st.sampled_from([128, 256, 384] if codes in ("int3", "int2") else [96, 300])),
         codes,
         x_dtype,
         draw(st.sampled_from(groups)),
