@@ -227,7 +227,7 @@ def _targets(
         columns = 8 * _STEP_BYTES // STORAGE[problem.codes][1] // min(problem.k, 4096)
         columns = min(max(columns // 256 * 256, 256), 1024)
         blocks = [(columns, 4096), (256, 2048), (128, 1024)]
-        if problem.k > 4096 and chip.cores == 1:
+        if problem.k > 4096 and chip.vmem_bytes > 16 * _MIB:
             deep = 2 * columns * 4096 // problem.k // 256 * 256
             blocks.insert(0, (min(max(deep, 256), 1024), _MOST_DEPTH))
         return tuple((problem.m, *block) for block in blocks)
