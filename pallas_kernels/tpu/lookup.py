@@ -77,7 +77,7 @@ def table_values(reading: str, block: jax.Array, table_ref: Any) -> jax.Array:
 
 
 def _by_words(codes: jax.Array, table: jax.Array) -> list[jax.Array]:
-    """Of a register of codes, bytes that hold their sign above bit 3: four of bfloat16 values.
+    """Values of a register of codes, bytes that hold their sign above bit 3: rows as stored.
 
     The word that the lowest three bits pick is shifted by 16 if the sign is set.
     """
@@ -93,7 +93,7 @@ def _by_words(codes: jax.Array, table: jax.Array) -> list[jax.Array]:
 
 
 def _by_bytes(codes: jax.Array, table: jax.Array) -> list[jax.Array]:
-    """Of a register of codes, bytes: two of bfloat16 values.
+    """Values of a register of codes, bytes: two registers, rows as stored.
 
     Each byte of a register picks one of the 32 bytes that a lane of another register holds. Bytes
     of 32 codes are picked twice each, into two registers of pairs; the upper one of a pair is made
