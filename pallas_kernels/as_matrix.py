@@ -61,6 +61,12 @@ class Kernel:
         sequences of codes, scales and zero points, and returns a list. Raises `Unsupported` where
         they cannot be one; None if no weights can.
       batched: `multiply` where it is mapped over a batch; None if it cannot be.
+      gated: `(problem) -> multiply` of two weights alike with one x: silu of the first product
+        times the second, each with a bias if the problem says so. It takes `(x, gate, up,
+        biases=, ...)`, weights by their parts. Raises `Unsupported` as `together` does; None if
+        there is none.
+      finished: `(problem) -> multiply` with what the problem has of bias and residual, given by
+        these names as [n] and [m, n]; likewise.
     """
 
     name: str
@@ -70,6 +76,8 @@ class Kernel:
     k_minor: bool = False
     together: Callable[[Sequence[MatmulProblem]], Callable[..., list[jax.Array]]] | None = None
     batched: Callable[..., jax.Array] | None = None
+    gated: Callable[[MatmulProblem], Callable[..., jax.Array]] | None = None
+    finished: Callable[[MatmulProblem], Callable[..., jax.Array]] | None = None
 
 
 def flatten(

@@ -4,7 +4,8 @@ A pass that keeps the types of a program does not evaluate and trace it again; i
 equations of some bodies. `edit` applies a function to every body, from the inside out, and returns
 the objects it was given where nothing changed, so a second run of an idempotent pass can be seen by
 `is`. The rest are the few helpers such a function needs. Called by `share_activation_quant`,
-`fuse_siblings`, `elide_roundtrips` and `lower_to_kernels`; it knows nothing of quantization.
+`fuse_siblings`, `fuse_epilogues`, `elide_roundtrips` and `lower_to_kernels`; of quantization it
+knows only that `fused_epilogue` has a body.
 
 Everything that is not named in a replacement stays: source lines, name stacks, contexts, effects,
 debug info, donation, shardings. The derivative rules of custom_jvp and custom_vjp are functions,
@@ -19,7 +20,7 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, new_jaxpr_eqn
 from jax.extend.core import primitives as jp
 
-from jaxquant.core import _compat
+from jaxquant.core import _compat, primitives
 
 Edit = Callable[[Any, tuple[Any, ...]], Any]
 
@@ -35,6 +36,7 @@ CONTROL_FLOW = frozenset(
         jp.while_p,
         _compat.shard_map_p,
         *_compat.call_primitives,
+        primitives.fused_epilogue_p,
     }
 )
 

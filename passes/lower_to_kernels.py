@@ -16,7 +16,9 @@ import jax
 
 from jaxquant.core import _compat, primitives
 from jaxquant.core.names import shown_name
+from jaxquant.core.primitives.describe import describe_fused
 from jaxquant.core.primitives.dot import split_operands
+from jaxquant.core.primitives.fused import Fused
 from jaxquant.core.primitives.kernels import Product, default_place
 from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.dispatch import Implementation, Place
@@ -76,19 +78,25 @@ class LowerToKernels(Pass):
             user's source line.
         """
         describe = self._describer(self.place or default_place())
-        lowerings = tuple(
-            lowering
-            for body in all_bodies(program.jaxpr)
-            for eqn in body.eqns
-            if eqn.primitive in _PRODUCTS
-            for lowering in describe(eqn)
-        )
+        lowerings: list[Lowering] = []
+        described: set[int] = set()  # bodies of fused epilogues, by identity
+        for body in all_bodies(program.jaxpr):
+            if id(body) in described:
+                continue
+            for eqn in body.eqns:
+                fused = None
+                if eqn.primitive is primitives.fused_epilogue_p:
+                    fused = Fused.make(eqn.params["jaxpr"])
+                if fused is not None:
+                    described.add(id(eqn.params["jaxpr"].jaxpr))
+                if fused is not None or eqn.primitive in _PRODUCTS:
+                    lowerings += describe(eqn, fused)
         closed = program.jaxpr
         if self.implementation is not None:
             closed = edit(closed, lambda jaxpr, _: self._pin(jaxpr))
         after = program if closed is program.jaxpr else program.with_jaxpr(closed)
         notes = dict.fromkeys(map(str, lowerings))  # layers say the same
-        return PassResult(after.with_facts(lowerings=lowerings), tuple(notes))
+        return PassResult(after.with_facts(lowerings=tuple(lowerings)), tuple(notes))
 
     def _pin(self, jaxpr: Any) -> Any:
         return replace_eqns(jaxpr, [self._pinned(eqn) for eqn in jaxpr.eqns])
@@ -98,10 +106,13 @@ class LowerToKernels(Pass):
             return eqn
         return eqn.replace(params={**eqn.params, "implementation": self.implementation})
 
-    def _describer(self, place: Place) -> Callable[[Any], Sequence[Lowering]]:
+    def _describer(self, place: Place) -> Callable[[Any, Fused | None], Sequence[Lowering]]:
         known: dict[Any, list[tuple[str, str]]] = {}  # layers repeat a few products
 
-        def describe(eqn: Any) -> list[Lowering]:
+        def describe(eqn: Any, fused: Fused | None) -> list[Lowering]:
+            where = shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn)
+            if fused is not None:
+                eqn = fused.product
             p = eqn.params
             x, _, leaves = split_operands(eqn.invars, p["x_quantized"])
             stored = jax.tree_util.tree_unflatten(p["tree"], [leaf.aval for leaf in leaves])
@@ -111,9 +122,9 @@ class LowerToKernels(Pass):
             form.append(str(p.get("ragged_dot_dimension_numbers")))
             types = [v.aval for v in (x, *leaves, *eqn.outvars)]
             key = (eqn.primitive, *types, p["tree"], p["act"], p["precision"], *form)
+            key += (str(fused and fused.epilogue), fused and fused.out)
             if key not in known:
-                known[key] = self._told(eqn, x.aval, stored, weights, place)
-            where = shown_name(_compat.name_stack_names(eqn)) or _compat.source_line(eqn)
+                known[key] = self._told(eqn, fused, x.aval, stored, weights, place)
             where += " or a sibling" * several
             return [
                 Lowering(where, (tuple(x.aval.shape), w.shape), *told)
@@ -123,7 +134,13 @@ class LowerToKernels(Pass):
         return describe
 
     def _told(
-        self, eqn: Any, x: Any, stored: Any, weights: Sequence[QTensor], place: Place
+        self,
+        eqn: Any,
+        fused: Fused | None,
+        x: Any,
+        stored: Any,
+        weights: Sequence[QTensor],
+        place: Place,
     ) -> list[tuple[str, str]]:
         """Implementation and reason for each weight; an error names the user's line."""
         p = eqn.params
@@ -138,6 +155,8 @@ class LowerToKernels(Pass):
                 sharding = _compat.explicit_sharding(out.aval)
                 options = p["act"], out.aval.dtype, p["precision"], sharding
                 products.append(Product(x, w, axes, *options))
+            if fused is not None:
+                return describe_fused(fused, products, place, self.implementation)
             return primitives.describe_products(products, place, self.implementation)
         except ValueError as error:
             error.add_note(f"jaxquant: the product at {_compat.source_line(eqn)}")

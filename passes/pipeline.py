@@ -15,6 +15,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.pallas_kernels.dispatch import Implementation, Place
 from jaxquant.passes.elide_roundtrips import ElideRoundtrips
 from jaxquant.passes.events import Event
+from jaxquant.passes.fuse_epilogues import FuseEpilogues
 from jaxquant.passes.fuse_siblings import FuseSiblings
 from jaxquant.passes.insert_scales import InsertScales
 from jaxquant.passes.lower_to_kernels import LowerToKernels
@@ -45,6 +46,7 @@ def quantizing_passes(
         ShareActivationQuant(),
         ElideRoundtrips(),
         FuseSiblings(),
+        FuseEpilogues(),
         LowerToKernels(place, implementation),
     )
 

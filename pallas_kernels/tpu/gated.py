@@ -2,8 +2,8 @@
 
 The front of SwiGLU (Shazeer 2020, arXiv:2002.05202). Each step multiplies a block of x by a block
 of each weight; the gate's sums stay on the chip, in float32, and are what the epilogue of the
-other product multiplies by: neither product is written out. An entry for whoever has both weights
-at hand; no pass makes it of a model's equations (docs/tpu-products.md says why).
+other product multiplies by: neither product is written out. Called through `tpu.select` for what
+`jaxquant.passes.fuse_epilogues` found in a model.
 """
 
 from __future__ import annotations
@@ -64,18 +64,20 @@ def gated_matmul(
     *,
     problem: MatmulProblem,
     config: MatmulConfig,
+    biases: tuple[jax.Array, jax.Array] | None = None,
     x_scale: jax.Array | None = None,
     table: Sequence[float] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`silu(x @ gate) * (x @ up)`; see `tpu.matmul.quantized_matmul` for each product.
+    """`silu(x @ gate + biases[0]) * (x @ up + biases[1])`; see `tpu.matmul.quantized_matmul`.
 
     Args:
       x: [m, k] floats, or int8 / float8 codes with `x_scale`.
       gate: codes [k, n], scale [k / group, n] and zero points of the one weight.
       up: likewise, of the other.
-      problem: of each product; without bias, gate and residual.
+      problem: of each product; without gate and residual.
       config: as `choose_gated_config` makes it.
+      biases: [n] of each product, where the problem has a bias.
       x_scale: [m, 1], float32.
       table: the 16 values of "table4" codes.
       interpret: as for pl.pallas_call.
@@ -88,11 +90,13 @@ def gated_matmul(
         cuts k.
     """
     p, c = problem, config
-    if c.bk != p.k or p.bias or p.gate or p.residual:
+    if c.bk != p.k or p.gate or p.residual:
         raise ValueError(f"all of k is one block, and there is no other epilogue: {p}, {c}")
     operands: dict[tuple[str, int], jax.Array] = {}  # by name, and whose it is
     for i, parts in enumerate((gate, up)):
         weight = dict(zip(("codes", "scale", "zero_point"), parts, strict=True))
+        if biases is not None:
+            weight["bias"] = biases[i].reshape(1, -1)
         given = kernel_operands({"x": x, "x_scale": x_scale, **weight}, table, p, c, interpret)
         operands |= {(name, i): a for name, a in given.items() if not i or name not in _OF_BOTH}
     scratch = scratch_shapes(p, c)

@@ -14,11 +14,13 @@ from jaxquant.pallas_kernels.as_matrix import Kernel
 from jaxquant.pallas_kernels.problem import PACKED, MatmulProblem, RaggedProblem, Unsupported
 from jaxquant.pallas_kernels.tpu.chips import CHIPS, Chip, chip_of
 from jaxquant.pallas_kernels.tpu.config import MatmulConfig
+from jaxquant.pallas_kernels.tpu.gated import choose_gated_config, gated_matmul
 from jaxquant.pallas_kernels.tpu.heuristics import (
     AFTER_ROWS,
     DECODE_ROWS,
     choose_config,
     choose_ragged_config,
+    fit,
 )
 from jaxquant.pallas_kernels.tpu.matmul import quantized_matmul
 from jaxquant.pallas_kernels.tpu.quantize_rows import quantize_rows
@@ -50,6 +52,8 @@ def select(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:
         functools.partial(quantized_matmul, problem=problem, config=config),
         _quantizer(problem, config),
         together=functools.partial(_together, chip=chip),
+        gated=functools.partial(_gated, chip=chip),
+        finished=functools.partial(_finished, chip=chip),
         # What a kernel fetches itself is one weight's.
         batched=functools.partial(
             quantized_matmul, problem=problem, config=dataclasses.replace(config, stream=False)
@@ -63,6 +67,21 @@ def _together(problems: Sequence[MatmulProblem], chip: Chip) -> Any:
     return functools.partial(
         sibling_matmuls, problems=tuple(problems), config=config, cores=chip.cores
     )
+
+
+def _gated(problem: MatmulProblem, chip: Chip) -> Any:
+    """`gated_matmul` for two weights of this problem."""
+    config = choose_gated_config(problem, chip)
+    return functools.partial(gated_matmul, problem=problem, config=config)
+
+
+def _finished(problem: MatmulProblem, chip: Chip) -> Any:
+    """`quantized_matmul` with an epilogue, by blocks as large as without one."""
+    plain = dataclasses.replace(problem, bias=False, residual=False)
+    config = fit(problem, chip, choose_config(plain, chip))
+    if config is None:
+        raise Unsupported(f"as large blocks do not fit the VMEM of {chip.name} with it")
+    return functools.partial(quantized_matmul, problem=problem, config=config)
 
 
 def select_transposed(problem: MatmulProblem, device_kind: str, forced: bool) -> Kernel:

@@ -25,6 +25,7 @@ from jaxquant.core._compat.equations import (
     name_stack_names,
     open_jaxpr,
     source_line,
+    without_names,
 )
 from jaxquant.core._compat.lowering import (
     abstract_device,
@@ -33,6 +34,7 @@ from jaxquant.core._compat.lowering import (
     lowering_platform,
 )
 from jaxquant.core._compat.primitives import (
+    apply_primitive,
     call_primitives,
     canonical_precision,
     has_tangent,
@@ -65,6 +67,7 @@ from jaxquant.core._compat.shardings import (
 __all__ = [
     "abstract_device",
     "abstract_eval",
+    "apply_primitive",
     "backward_mark",
     "bind",
     "bind_remat",
@@ -108,5 +111,6 @@ __all__ = [
     "unstack_p",
     "vary_like",
     "varying_axes",
+    "without_names",
     "zero_tangent",
 ]

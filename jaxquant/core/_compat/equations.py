@@ -53,6 +53,11 @@ def name_stack_names(eqn: Any) -> tuple[str, ...]:
     return tuple(s.name for s in stack if isinstance(s, _source_info.Scope))
 
 
+def without_names(eqn: Any) -> Any:
+    """The equation with its source line and without its name stack."""
+    return eqn.replace(source_info=eqn.source_info.replace(name_stack=_source_info.NameStack()))
+
+
 def backward_mark(eqn: Any) -> bool | None:
     """Whether an equation is part of a gradient's backward pass; None where it has no mark.
 

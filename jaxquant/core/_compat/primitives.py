@@ -48,8 +48,13 @@ def make_primitive(name: str, *, multiple_results: bool = False) -> Any:
     """A new primitive that runs eagerly by compiling itself, as JAX's own do."""
     primitive = _core.Primitive(name)
     primitive.multiple_results = multiple_results
-    primitive.def_impl(functools.partial(_dispatch.apply_primitive, primitive))
+    primitive.def_impl(functools.partial(apply_primitive, primitive))
     return primitive
+
+
+def apply_primitive(primitive: Any, *args: Any, **params: Any) -> Any:
+    """Runs a primitive eagerly by compiling it alone."""
+    return _dispatch.apply_primitive(primitive, *args, **params)
 
 
 def zero_tangent(value: Any) -> Any:

@@ -19,6 +19,7 @@ from jaxquant.core.primitives.describe import (
 )
 from jaxquant.core.primitives.dot import quantized_dot_general, quantized_dot_general_p
 from jaxquant.core.primitives.dots import quantized_dots_p
+from jaxquant.core.primitives.fused import fused_epilogue_p
 from jaxquant.core.primitives.ragged import (
     bind_ragged_dot,
     quantized_ragged_dot,
@@ -36,6 +37,7 @@ __all__ = [
     "describe_product",
     "describe_products",
     "describe_ragged_dot",
+    "fused_epilogue_p",
     "quantize_activation",
     "quantize_activation_p",
     "quantized_attention_dot",

@@ -12,6 +12,7 @@ from typing import Any
 
 from jax import lax
 
+from jaxquant.core.primitives.fused import Fused
 from jaxquant.core.primitives.kernels import Product, choose_kernel, default_place
 from jaxquant.core.primitives.linear import result_dtype
 from jaxquant.core.primitives.ragged import choose_ragged_kernel, ragged_act
@@ -104,6 +105,26 @@ def describe_products(
             for (name, reason), run in zip(told, runs, strict=True)
         ]
     return told
+
+
+def describe_fused(
+    fused: Fused,
+    products: Sequence[Product],
+    place: Place,
+    implementation: Implementation | None = None,
+) -> list[tuple[str, str]]:
+    """As `describe_products`, of products that are followed by an epilogue.
+
+    Where they are kernels, the reason says whether the epilogue is in their launch, or why not.
+    """
+    launch = fused.choose(place, implementation)
+    if isinstance(launch, str):
+        told = describe_products(products, place, implementation)
+        if place.platform not in PLATFORMS or any(name.startswith("xla") for name, _ in told):
+            return told
+        return [(name, f"{reason}; {fused.epilogue} apart: {launch}") for name, reason in told]
+    told = [describe_product(product, place, implementation) for product in products]
+    return [(name, f"{reason}; {fused.epilogue} in its launch") for name, reason in told]
 
 
 def describe_conv(w: QTensor, dimension_numbers: lax.ConvDimensionNumbers) -> tuple[str, str]:

@@ -123,9 +123,14 @@ def run_joined(
 ) -> list[jax.Array]:
     """Runs one launch for several QTensors."""
     pair = (quantized[0], quantized[1]) if quantized else None
-    parts = [(w.codes, _float_scale(w), w.zero_point) for w in weights]
+    parts = [kernel_parts(w) for w in weights]
     dtype = jnp.promote_types(x.dtype, weights[0].dtype)
     return joined(x.astype(dtype), pair, parts)
+
+
+def kernel_parts(w: QTensor) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes, scale and zero point of a weight as kernels take them."""
+    return w.codes, _float_scale(w), w.zero_point
 
 
 def _float_scale(w: QTensor) -> jax.Array:

@@ -30,6 +30,8 @@ def check(problem, config, interpret=True):
         case.arrays["scale"] *= factor
     parts = [tuple(c.arrays.get(n) for n in ("codes", "scale", "zero_point")) for c in (gate, up)]
 
+    biases = [c.arrays.get("bias") for c in (gate, up)]
+
     def fn(x, gate, up):
         return gated_matmul(
             x,
@@ -37,6 +39,7 @@ def check(problem, config, interpret=True):
             up,
             problem=problem,
             config=config,
+            biases=tuple(biases) if problem.bias else None,
             x_scale=factors,
             table=case.arrays.get("table"),
             interpret=interpret,
@@ -44,7 +47,8 @@ def check(problem, config, interpret=True):
 
     got = np.asarray(jax.jit(fn)(x, *parts), np.float64)
     (a, a_reach), (b, b_reach) = (
-        (rows @ w, np.abs(rows) @ np.abs(w)) for w in (factor * gate.weight, factor * up.weight)
+        (rows @ w + (bias if problem.bias else 0), np.abs(rows) @ np.abs(w))
+        for w, bias in zip((factor * gate.weight, factor * up.weight), biases, strict=True)
     )
     want = a / (1 + np.exp(-a)) * b
     tolerance = 2.0**-8 if config.scale == "before" else 1e-5
@@ -60,9 +64,10 @@ def check(problem, config, interpret=True):
     codes=st.sampled_from(["int4", "int8", "int2", "table4"]),
     x_dtype=st.sampled_from(["bfloat16", "int8"]),
     zero_point=st.booleans(),
+    bias=st.booleans(),
     chip=st.sampled_from(sorted(CHIPS)),
 )
-def test_chosen_configs(m, n, codes, x_dtype, zero_point, chip):
+def test_chosen_configs(m, n, codes, x_dtype, zero_point, bias, chip):
     table = codes == "table4"
     problem = dataclasses.replace(
         INT4,
@@ -71,6 +76,7 @@ def test_chosen_configs(m, n, codes, x_dtype, zero_point, chip):
         codes=codes,
         x_dtype=x_dtype,
         zero_point=zero_point and not table,
+        bias=bias,
         e2m1=table,
     )
     problem = dataclasses.replace(problem, x_scale=x_dtype == "int8")
@@ -93,7 +99,7 @@ def test_what_is_refused():
     parts = case.arrays["codes"], case.arrays["scale"], None
     for problem, config in (
         (INT4, MatmulConfig(16, 128, 128, "after", "cast")),
-        (dataclasses.replace(INT4, bias=True), MatmulConfig(16, 128, 256, "after", "cast")),
+        (dataclasses.replace(INT4, residual=True), MatmulConfig(16, 128, 256, "after", "cast")),
     ):
         with pytest.raises(ValueError, match="all of k is one block"):
             gated_matmul(case.arrays["x"], parts, parts, problem=problem, config=config)
