@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from jaxquant.algorithms.planning import stored_plan
 from jaxquant.core import _compat
+from jaxquant.core.primitives.kernels import planned_for
 from jaxquant.core.qtensor import is_qtensor
 from jaxquant.frontends import describe, quantize
 from jaxquant.frontends.adapter import ModelAdapter
@@ -54,7 +55,7 @@ def compile(
       passes: gets the passes of the pipeline in order and returns those to run, with others put
         anywhere between, before or after them. They start from the float program.
       verify: what is checked after each pass (see `PassManager`).
-      place: where the program will run: what `records` say of its kernels is for there. None for
+      place: where the program will run: what `records` and `plan` say is for there. None for
         devices of the default kind, as many as the arrays' shardings say. What runs is settled
         when it is lowered, for the device.
       **kwargs: keyword arguments of the call.
@@ -120,8 +121,13 @@ class Compiled:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """What becomes of every operation, and why."""
-        return stored_plan(self._first.float_program, self._first.arguments, self._adapter.notes)
+        """What becomes of every operation at the place that was given, and why.
+
+        Of single products: what later passes make one launch of, `records` say.
+        """
+        first = self._first
+        with planned_for(self._options["place"]):
+            return stored_plan(first.float_program, first.arguments, self._adapter.notes)
 
     def cost(self) -> Cost:
         """Bytes moved and operations, of the float program and of the quantized one."""

@@ -82,6 +82,18 @@ def test_plan_jaxpr_lower_and_records(linen):
     np.testing.assert_array_equal(run(leaves)[0], compiled(qvars, X))
 
 
+def test_plan_and_records_are_for_the_place_that_is_given():
+    rows = jnp.ones((4, 256), jnp.bfloat16)
+    fn = jq.quantize("w4a16_g64")(lambda p, x: x @ p["w"].astype(x.dtype))
+    q = jq.ptq(fn, {"w": jnp.ones((256, 128))}, rows)
+    compiled = jq.compile(fn, q, rows, place=jq.Place("tpu", "TPU v6 lite"))
+    kernel = "pallas tpu v6e: int4, scale after the dot"
+    assert kernel in compiled.records[-1].notes[0]
+    (op,) = compiled.plan.rows
+    assert op.lowering == kernel
+    assert "xla" in jq.compile(fn, q, rows, place=jq.Place("cpu")).plan.rows[0].lowering
+
+
 def test_cost_counts_bytes_and_operations():
     def fn(p, x):
         def layer(x, w):
