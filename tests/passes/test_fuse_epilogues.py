@@ -202,12 +202,24 @@ K = 256
 WIDE = jax.random.normal(jax.random.key(10), (2, 5, K))
 
 
+STATIC = jq.Recipe(
+    "static",
+    (
+        jq.Rule(
+            "**",
+            weight=jq.WeightScheme("int4", group_size=64),
+            act=jq.ActScheme("int8", mode="static"),
+        ),
+    ),
+)
+
+
 def deep(fn, recipe="w4a16_g64"):
     """The quantized program of weights that kernels take, and its inputs."""
     shapes = {"gate": (K, 384), "up": (K, 384), "square": (K, K), "heads": (K, 4, 64)}
     shapes |= {"wide": (384,), "narrow": (K,), "a_head": (64,)}
     p = {n: jax.random.normal(jax.random.key(i), s) / 16 for i, (n, s) in enumerate(shapes.items())}
-    p = jq.ptq(jq.quantize(recipe)(fn), p, WIDE)
+    p = jq.ptq(jq.quantize(recipe)(fn), p, WIDE, calibration=[WIDE] if recipe is STATIC else None)
     _, after, inputs = fuse(fn, p, WIDE)
     return p, after.jaxpr.jaxpr, inputs
 
@@ -255,10 +267,11 @@ def test_kernels_against_float64(name):
         np.testing.assert_allclose(got, want, atol=2**-6 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("recipe", ["w4a8_g64", STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", ["both biases", "bias and residual"])
-def test_kernels_with_quantized_inputs(name):
+def test_kernels_with_quantized_inputs(name, recipe):
     """The codes of x are the same in both, which leaves the float32 of scales and sums."""
-    _, jaxpr, inputs = deep(FOUND[name][0], "w4a8_g64")
+    _, jaxpr, inputs = deep(FOUND[name][0], recipe)
     (eqn,) = fused_equations(jaxpr)
     given = operands(jaxpr, eqn, inputs)
     (want,) = jax.core.eval_jaxpr(eqn.params["jaxpr"].jaxpr, (), *given)
