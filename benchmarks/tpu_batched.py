@@ -9,16 +9,14 @@ estimator aborts on its grouped int4): a lower bound. Needs libtpu; see `benchma
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu_aot import Job, Static, compiler, measure
-from benchmarks.tpu_static import RESULTS
+from benchmarks.tpu_aot import Job, Static, measure
+from benchmarks.tpu_experts import report
 from jaxquant.core.primitives import quantized_dot_general
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import get_qtype
@@ -86,8 +84,8 @@ def _record(chip: Chip, size: dict[str, Any], ours: Static, xla: Static) -> dict
     ]
     return {
         "chip": chip.name,
-        "format": "w4a8 g128" if size.pop("act") else "w4a16 g128",
-        **size,
+        "format": "w4a8 g128" if size["act"] else "w4a16 g128",
+        **{name: size[name] for name in ("m", "k", "n", "experts")},
         "microseconds": max((ours.cycles or math.nan) / clock, memory) * 1e6,
         "memory_microseconds": memory * 1e6,
         "kernels": ours.kernels,
@@ -115,26 +113,14 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measures, writes, prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", nargs="+", default=["v5e", "v6e", "v7x"], choices=list(CHIPS))
-    parser.add_argument("--shapes", nargs="+", default=["8x2048x2048"], help="experts x K x N")
-    parser.add_argument("--rows", nargs="+", type=int, default=[16, 256], help="of each expert")
-    arguments = parser.parse_args()
-    shapes = [tuple(map(int, s.split("x"))) for s in arguments.shapes]
-    records = [
-        record
-        for chip in arguments.chips
-        for record in figures(CHIPS[chip], [(e, k, n) for e, k, n in shapes], arguments.rows)
-    ]
-    stem = RESULTS / "tpu-batched"
-    about = {"note": NOTE, "compiler": compiler(), "jax": jax.__version__}
-    stem.with_suffix(".json").write_text(json.dumps({**about, "rows": records}, indent=1) + "\n")
-    text = table(records)
-    stem.with_suffix(".md").write_text(f"# Products with batch axes\n\n{NOTE}\n\n{text}")
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    report(
+        "tpu-batched",
+        "Products with batch axes",
+        NOTE,
+        figures,
+        table,
+        chips=("v5e", "v6e", "v7x"),
+        shape="8x2048x2048",
+        rows=(16, 256),
+    )

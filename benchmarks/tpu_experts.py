@@ -13,12 +13,13 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu_aot import Job, Static, measure
+from benchmarks.tpu_aot import Job, Static, compiler, measure
 from benchmarks.tpu_static import RESULTS
 from jaxquant.core.primitives import quantized_ragged_dot
 from jaxquant.core.qtensor import QTensor
@@ -153,28 +154,45 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measures, writes, prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"], choices=list(CHIPS))
-    parser.add_argument("--shapes", nargs="+", default=["8x4096x4096"], help="experts x K x N")
-    parser.add_argument("--rows", nargs="+", type=int, default=[16, 256, 2048])
+def report(
+    name: str,
+    title: str,
+    note: str,
+    figures: Callable[[Chip, list[Any], list[int]], list[dict[str, Any]]],
+    table: Callable[[list[dict[str, Any]]], str],
+    *,
+    chips: Sequence[str],
+    shape: str,
+    rows: Sequence[int],
+) -> None:
+    """A script's main: asks for chips, shapes and rows, measures, writes results/`name`, prints."""
+    parser = argparse.ArgumentParser(description=note)
+    parser.add_argument("--chips", nargs="+", default=chips, choices=list(CHIPS))
+    parser.add_argument("--shapes", nargs="+", default=[shape], help="experts x K x N")
+    parser.add_argument("--rows", nargs="+", type=int, default=rows)
     arguments = parser.parse_args()
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shapes]
     records = [
         record
         for chip in arguments.chips
-        for record in figures(CHIPS[chip], [(e, k, n) for e, k, n in shapes], arguments.rows)
+        for record in figures(CHIPS[chip], shapes, arguments.rows)
     ]
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / "tpu-experts"
-    stem.with_suffix(".json").write_text(
-        json.dumps({"note": NOTE, "jax": jax.__version__, "rows": records}, indent=1) + "\n"
-    )
-    text = table(records)
-    stem.with_suffix(".md").write_text(f"# Experts\n\n{NOTE}\n\n{text}")
-    print(text)
+    about = {"note": note, "compiler": compiler(), "jax": jax.__version__}
+    text = json.dumps({**about, "rows": records}, indent=1)
+    stem = RESULTS / name
+    stem.with_suffix(".json").write_text(text + "\n")
+    stem.with_suffix(".md").write_text(f"# {title}\n\n{note}\n\n{table(records)}")
+    print(table(records))
 
 
 if __name__ == "__main__":
-    main()
+    report(
+        "tpu-experts",
+        "Experts",
+        NOTE,
+        figures,
+        table,
+        chips=("v5e", "v6e"),
+        shape="8x4096x4096",
+        rows=(16, 256, 2048),
+    )

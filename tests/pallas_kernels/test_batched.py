@@ -1,6 +1,5 @@
 """Products with batch axes: one kernel over all elements, by value, and when there is none."""
 
-import dataclasses
 import functools
 
 import jax
@@ -13,9 +12,9 @@ from jaxquant.core.quantize_array import quantize_array
 from jaxquant.pallas_kernels import reference
 from jaxquant.pallas_kernels.activation import ActQuant
 from jaxquant.pallas_kernels.as_matrix import Weight
-from jaxquant.pallas_kernels.dispatch import Place, choose
-from jaxquant.pallas_kernels.dot_axes import DotAxes
+from jaxquant.pallas_kernels.dispatch import Place
 from tests.core.primitives.spmd_world import close, kernels_on_cpu
+from tests.pallas_kernels import test_dispatch
 
 EXPERTS = (((2,), (1,)), ((0,), (0,)))
 # x, weight, scale, dimension numbers, side: experts; two batch axes that x has last, in another
@@ -30,33 +29,16 @@ LAYOUTS = [
 ]
 
 
-def pick(x_shape, weight, dims=EXPERTS, side="rhs", act=None, place=None, **options):
-    axes = DotAxes.make(dims, len(x_shape), len(weight.shape), side)
-    place = place or Place("tpu", "TPU v6 lite")
-    options = {"out_dtype": jnp.float32} | options
-    return choose(x_shape, jnp.dtype("bfloat16"), weight, axes, act, place, **options)
+V6E = Place("tpu", "TPU v6 lite")
+pick = functools.partial(test_dispatch.pick, dims=EXPERTS, place=V6E)
 
 
 @pytest.mark.parametrize("act", [None, ActQuant("int8", ())], ids=["float", "int8"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda p: f"{p[1]}-{p[2]}-{p[4]}")
 def test_the_kernel_is_the_reference(layout, act):
-    x_shape, w_shape, scale_shape, dims, side = layout
-    axes = DotAxes.make(dims, len(x_shape), len(w_shape), side)
-    act = act and dataclasses.replace(act, reduce_axes=tuple(sorted(axes.x_contract)))
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=x_shape), jnp.bfloat16)
-    codes = jnp.asarray(rng.integers(-8, 8, w_shape), jnp.int8).astype(jnp.int4)
-    scale = jnp.asarray(rng.uniform(0.5, 2, scale_shape), jnp.float32)
-    zero = jnp.asarray(rng.integers(-4, 5, scale_shape), jnp.int8)
-    choice = pick(x_shape, Weight("int4", w_shape, scale_shape, True), dims, side, act)
+    choice = test_dispatch.agrees_with_the_reference(layout, act, True, V6E)
     assert choice.name == "pallas tpu v6e: int4, scale after the dot", choice
     assert "mapped over batch axes" in choice.reason
-    got = jax.jit(functools.partial(choice.run, interpret=True))(x, None, codes, scale, zero, None)
-    product = functools.partial(
-        reference.dot_general, dimension_numbers=dims, weight_side=side, act=act
-    )
-    want = jax.jit(product)(x.astype(jnp.float32), codes, scale, zero)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 def test_a_static_scale_for_each_element():

@@ -38,10 +38,8 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("act", [None, ActQuant("int8", (1,))], ids=["float", "int8"])
-@pytest.mark.parametrize("zero_point", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda p: f"{p[1]}-{p[2]}-{p[4]}")
-def test_the_kernel_is_the_reference(layout, zero_point, act):
+def agrees_with_the_reference(layout, act, zero_point, place):
+    """Runs what is picked, interpreted, beside the reference; returns the choice."""
     x_shape, w_shape, scale_shape, dims, side = layout
     axes = DotAxes.make(dims, len(x_shape), len(w_shape), side)
     act = act and dataclasses.replace(act, reduce_axes=tuple(sorted(axes.x_contract)))
@@ -51,8 +49,7 @@ def test_the_kernel_is_the_reference(layout, zero_point, act):
     scale = jnp.asarray(rng.uniform(0.5, 2, scale_shape), jnp.float32)
     zero = jnp.asarray(rng.integers(-4, 5, scale_shape), jnp.int8) if zero_point else None
     weight = Weight("int4", w_shape, scale_shape, zero_point)
-    choice = pick(x_shape, weight, dims, side, act)
-    assert choice.name == "pallas tpu v5e: int4, scale after the dot", choice
+    choice = pick(x_shape, weight, dims, side, act, place)
     run = jax.jit(functools.partial(choice.run, interpret=True))
     got = run(x, None, codes, scale, zero, None)
     floats = x.astype(jnp.float32)
@@ -65,6 +62,15 @@ def test_the_kernel_is_the_reference(layout, zero_point, act):
         quantized = jax.jit(quantize_activation, static_argnums=1)(x, act)
         again = run(x, quantized, codes, scale, zero, None)
         np.testing.assert_array_equal(again, got)
+    return choice
+
+
+@pytest.mark.parametrize("act", [None, ActQuant("int8", (1,))], ids=["float", "int8"])
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda p: f"{p[1]}-{p[2]}-{p[4]}")
+def test_the_kernel_is_the_reference(layout, zero_point, act):
+    choice = agrees_with_the_reference(layout, act, zero_point, V5E)
+    assert choice.name == "pallas tpu v5e: int4, scale after the dot", choice
 
 
 def test_a_static_scale():

@@ -55,7 +55,7 @@ def _batch(args: tuple[Any, ...], dims: tuple[Any, ...]) -> tuple[jax.Array, int
 def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     (table, index), tangent = primals, tangents[0]
     out = pick_rows(table, index)
-    if isinstance(tangent, ad.Zero):
+    if not _compat.has_tangent(tangent):
         return out, _compat.zero_tangent(out)
     return out, _gather(tangent, index)
 
